@@ -1,0 +1,107 @@
+"""Intervals over exact integers (and, before legalize, reals), and their per-channel form used by proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.errors import QirError
+
+Number = int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The closed interval [lo, hi]; ints at stage `fixed` (exact), floats before it. Raises QirError when empty."""
+
+    lo: Number
+    hi: Number
+
+    def __post_init__(self) -> None:
+        if not self.lo <= self.hi:
+            raise QirError(f"empty interval [{self.lo}, {self.hi}]")
+
+    def contains(self, other: Interval) -> bool:
+        """Whether `other` lies inside."""
+        return self.lo <= other.lo and other.hi <= self.hi
+
+    def hull(self, other: Interval) -> Interval:
+        """The smallest interval that holds both."""
+        return Interval(min(self.lo, other.lo), max(self.hi, other.hi))
+
+    def intersect(self, other: Interval) -> Interval | None:
+        """What both hold, or None when they are disjoint."""
+        lo, hi = max(self.lo, other.lo), min(self.hi, other.hi)
+        return Interval(lo, hi) if lo <= hi else None
+
+
+ExactArray = npt.NDArray[Any]
+
+
+def exact(values: npt.ArrayLike) -> ExactArray:
+    """Python ints in an object array, so that arithmetic on them never overflows."""
+    array = np.asarray(values)
+    if array.dtype == object:
+        return array
+    out = np.empty(array.shape, object)
+    out[...] = array.tolist() if array.ndim else int(array)
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bounds:
+    """Exact integer bounds of a tensor: object arrays of Python ints, 0-d for the whole tensor or 1-d per last axis.
+
+    `data` holds the very values where the tensor is constant.
+    """
+
+    lo: ExactArray
+    hi: ExactArray
+    data: npt.NDArray[Any] | None = None
+
+    @staticmethod
+    def of(lo: npt.ArrayLike, hi: npt.ArrayLike) -> Bounds:
+        """Bounds from integers or integer arrays, broadcast against each other."""
+        low, high = np.broadcast_arrays(exact(lo), exact(hi))
+        if not bool(np.all(low <= high)):
+            raise QirError("empty bounds: some lower bound exceeds its upper bound")
+        return Bounds(low, high)
+
+    @property
+    def hull(self) -> Interval:
+        """The interval over all channels; the empty tensor gives [0, 0]."""
+        if self.lo.size == 0:
+            return Interval(0, 0)
+        return Interval(int(self.lo.min()), int(self.hi.max()))
+
+    @property
+    def channels(self) -> int | None:
+        """The number of channels, or None for a whole-tensor bound."""
+        return None if self.lo.ndim == 0 else int(self.lo.shape[0])
+
+    def flat(self) -> Bounds:
+        """The whole-tensor bound."""
+        whole = self.hull
+        return Bounds.of(whole.lo, whole.hi)
+
+    def clamp(self, lo: int, hi: int) -> Bounds:
+        """The image under saturation to [lo, hi]."""
+        return Bounds(np.clip(self.lo, lo, hi), np.clip(self.hi, lo, hi))
+
+    def shifted(self, offset: npt.ArrayLike) -> Bounds:
+        """The image under adding `offset`, a scalar or one value per channel."""
+        return Bounds.of(self.lo + exact(offset), self.hi + exact(offset))
+
+    def union(self, other: Bounds) -> Bounds:
+        """Channel by channel, the hull of both."""
+        return Bounds.of(np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi))
+
+
+def hull_of(bounds: Iterable[Bounds]) -> Bounds:
+    """The whole-tensor bound that holds every given one."""
+    hulls = [b.hull for b in bounds]
+    return Bounds.of(min(h.lo for h in hulls), max(h.hi for h in hulls))

@@ -1,0 +1,323 @@
+"""Values, ops and graphs: immutable and topologically ordered; a pass rebuilds forward and shares what it keeps."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
+
+import numpy as np
+
+from qir.arrays import Array
+from qir.errors import QirError, RewriteError
+from qir.interval import Bounds, Interval
+from qir.types import ElementType, Shape, TensorType
+
+if TYPE_CHECKING:
+    import networkx
+
+
+class Stage(enum.StrEnum):
+    """How far a graph is lowered; DESIGN: float -> ranged -> typed -> fixed."""
+
+    FLOAT = "float"
+    RANGED = "ranged"
+    TYPED = "typed"
+    FIXED = "fixed"
+
+
+FLOAT_STAGES = frozenset({Stage.FLOAT, Stage.RANGED, Stage.TYPED})
+FIXED_ONLY = frozenset({Stage.FIXED})
+ALL_STAGES = frozenset(Stage)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """An edge of the graph: a name, unique in its graph, a type, and facts. Hashes by identity.
+
+    `range` is the calibrated interval (float) before stage `fixed` and the proved one (int) at it. `histogram` is what
+    calibration observed, as `qir.calibration.Histogram.to_array` lays it out.
+    """
+
+    name: str
+    type: TensorType
+    range: Interval | None = None
+    histogram: Array | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Op:
+    """A node. A subclass is one op of the language and declares its attributes as dataclass fields.
+
+    `operand_names` lists the operands; a trailing `name?` is optional and a sole `name*` takes any number.
+    """
+
+    mnemonic: ClassVar[str] = ""
+    stages: ClassVar[frozenset[Stage]] = frozenset()
+    operand_names: ClassVar[tuple[str, ...]] = ("input",)
+    _kinds: ClassVar[Mapping[str, Any]]
+
+    operands: tuple[Value, ...] = ()
+    results: tuple[Value, ...] = ()
+    location: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in attribute_kinds(type(self)).items():
+            value = getattr(self, name)
+            if value is not None and _holds_floats(kind):  # the text carries float32, so the op does too
+                rounded = tuple(map(as_float32, value)) if isinstance(value, tuple) else as_float32(value)
+                object.__setattr__(self, name, rounded)
+
+    @property
+    def result(self) -> Value:
+        """The only result. Raises RewriteError when there are several."""
+        if len(self.results) != 1:
+            raise RewriteError(f"{self.describe()} has {len(self.results)} results, not one")
+        return self.results[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the op computes on reals; at stage `fixed` such an op is an island."""
+        return Stage.FLOAT in self.stages
+
+    @classmethod
+    def attribute_names(cls) -> tuple[str, ...]:
+        """The declared attributes, in order."""
+        return tuple(attribute_kinds(cls))
+
+    @classmethod
+    def operand_limits(cls) -> tuple[int, int | None]:
+        """The least and the greatest number of operands; None means any number."""
+        if cls.operand_names and cls.operand_names[-1].endswith("*"):
+            return len(cls.operand_names), None
+        return sum(not n.endswith("?") for n in cls.operand_names), len(cls.operand_names)
+
+    def describe(self) -> str:
+        """The op and its place, for messages: `Conv %3 (from node "conv1")`."""
+        results = ", ".join(f"%{r.name}" for r in self.results)
+        origin = f' (from node "{self.location}")' if self.location else ""
+        return f"{self.mnemonic} {results}{origin}".strip()
+
+    def optional_operand(self, index: int) -> Value | None:
+        """The operand at `index`, or None when it is omitted."""
+        return self.operands[index] if index < len(self.operands) else None
+
+    # What an op class may define; the defaults are the conservative answers.
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The shapes of the results. Raises QirError when the operands do not fit."""
+        raise NotImplementedError
+
+    def infer_elements(self) -> tuple[ElementType, ...] | None:
+        """The element types of the results where the op fixes them; None leaves them to whoever builds the op."""
+        return None
+
+    def check(self) -> Iterator[str]:
+        """What is wrong with attributes and types beyond shapes: one sentence each."""
+        return iter(())
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
+        """Sound integer bounds of results and partial sums from those of the operands; None: no rule."""
+        return None
+
+    def real_range(self, operands: Sequence[Interval]) -> tuple[Interval, ...] | None:
+        """Sound real intervals of the results from those of the operands; None: nothing is known."""
+        return None
+
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return 0
+
+    def intermediate_bits(self) -> int:
+        """Bits that hold every intermediate integer of `eval_int`; above 63 the interpreter uses Python ints."""
+        return 63
+
+    def with_changes(self, **changes: Any) -> Self:
+        """A copy with other operands, results or attributes."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpBounds:
+    """What a transfer function proves: bounds per result and, for accumulating ops, of every partial sum.
+
+    `unsaturated` bounds a narrowing op's value before saturation, so that a proof can show it idle.
+    """
+
+    results: tuple[Bounds, ...]
+    partial: Interval | None = None
+    unsaturated: Interval | None = None
+
+
+_BASE_FIELDS = ("operands", "results", "location")
+
+
+def attribute_kinds(op_class: type[Op]) -> Mapping[str, Any]:
+    """Attribute name -> type annotation, in declaration order; worked out once and kept on the class."""
+    kinds: Mapping[str, Any] | None = op_class.__dict__.get("_kinds")
+    if kinds is None:
+        hints = get_type_hints(op_class)
+        kinds = MappingProxyType({f.name: hints[f.name] for f in fields(op_class) if f.name not in _BASE_FIELDS})
+        op_class._kinds = kinds
+    return kinds
+
+
+def _holds_floats(kind: Any) -> bool:
+    return kind is float or any(_holds_floats(k) for k in get_args(kind))
+
+
+def as_float32(value: float) -> float:
+    """The nearest float32, as a Python float."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+Attribute = int | float | str | bool | tuple[int, ...] | tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A program: inputs, ops in topological order, named outputs. Equal when everything that prints is equal.
+
+    `attributes` are numeric choices of the whole program, such as the rounding at its quantized inputs.
+    """
+
+    name: str
+    stage: Stage
+    inputs: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[Value, ...]
+    output_names: tuple[str, ...]
+    target: str = ""
+    attributes: Mapping[str, Attribute] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if len(self.outputs) != len(self.output_names):
+            raise QirError(f"graph @{self.name}: {len(self.outputs)} outputs but {len(self.output_names)} output names")
+
+    @cached_property
+    def producers(self) -> Mapping[Value, Op]:
+        """The op that makes each value; graph inputs are absent."""
+        return MappingProxyType({r: op for op in self.ops for r in op.results})
+
+    @cached_property
+    def users(self) -> Mapping[Value, tuple[Op, ...]]:
+        """The ops that read each value, in order, one entry an op; unread values are absent."""
+        found: dict[Value, dict[Op, None]] = {}
+        for op in self.ops:
+            for operand in op.operands:
+                found.setdefault(operand, {})[op] = None
+        return MappingProxyType({value: tuple(ops) for value, ops in found.items()})
+
+    @cached_property
+    def constants(self) -> Mapping[Value, Array]:
+        """The data of every value made by a `const` op."""
+        return MappingProxyType({op.results[0]: op.value for op in self.ops if op.mnemonic == "const"})  # type: ignore[attr-defined]
+
+    def values(self) -> Iterator[Value]:
+        """Every value: inputs, then results in order."""
+        yield from self.inputs
+        for op in self.ops:
+            yield from op.results
+
+    def value(self, name: str) -> Value:
+        """The value of this name. Raises QirError when there is none."""
+        found = next((v for v in self.values() if v.name == name), None)
+        if found is None:
+            raise QirError(f"graph @{self.name} has no value %{name}")
+        return found
+
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return sum(op.macs() for op in self.ops)
+
+    def with_changes(self, **changes: Any) -> Graph:
+        """A copy with other fields."""
+        return replace(self, **changes)
+
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other) if isinstance(other, Graph) else NotImplemented
+
+    __hash__ = object.__hash__
+
+    def __str__(self) -> str:
+        from qir.printer import print_graph
+
+        return print_graph(self)
+
+    def to_networkx(self) -> networkx.MultiDiGraph[str]:
+        """A view for algorithms and drawings: nodes are inputs, ops and outputs, edges carry value name and type.
+
+        Node keys are `%name` of the first result (inputs likewise) and `return name` for outputs; nodes are inserted
+        in program order, with the attributes `kind`, `label` and `location`.
+        """
+        import networkx
+
+        from qir.printer import type_text
+
+        view: networkx.MultiDiGraph[str] = networkx.MultiDiGraph(name=self.name)
+        source: dict[Value, str] = {}
+        for value in self.inputs:
+            source[value] = f"%{value.name}"
+            view.add_node(source[value], kind="input", label=value.name, location="")
+        for op in self.ops:
+            key = f"%{op.results[0].name}"
+            source.update(dict.fromkeys(op.results, key))
+            view.add_node(key, kind=op.mnemonic, label=op.mnemonic, location=op.location)
+            for operand in op.operands:
+                view.add_edge(source[operand], key, value=operand.name, type=type_text(operand.type))
+        for name, value in zip(self.output_names, self.outputs, strict=True):
+            key = f"return {name}"
+            view.add_node(key, kind="output", label=name, location="")
+            view.add_edge(source[value], key, value=value.name, type=type_text(value.type))
+        return view
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz DOT, in program order."""
+        view = self.to_networkx()
+        lines = [f"digraph {_dot(self.name)} {{", "  node [shape=box];"]
+        lines += [f"  {_dot(key)} [label={_dot(data['label'])}];" for key, data in view.nodes(data=True)]
+        lines += [f"  {_dot(a)} -> {_dot(b)} [label={_dot(data['type'])}];" for a, b, data in view.edges(data=True)]
+        return "\n".join([*lines, "}", ""])
+
+
+def _dot(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _head(g: Graph) -> tuple[object, ...]:
+    return g.name, g.stage, g.output_names, g.target, dict(g.attributes), len(g.inputs), len(g.ops)
+
+
+def _equal(left: Graph, right: Graph) -> bool:
+    """Structural equality: names, types, facts, attributes, locations and array contents."""
+    if left is right:
+        return True
+    heads = [
+        (g.name, g.stage, g.output_names, g.target, dict(g.attributes), len(g.inputs), len(g.ops))
+        for g in (left, right)
+    ]
+    if heads[0] != heads[1]:
+        return False
+    pairs = dict(zip(left.inputs, right.inputs, strict=True))
+    for a, b in zip(left.ops, right.ops, strict=True):
+        if type(a) is not type(b) or a.location != b.location:
+            return False
+        if len(a.operands) != len(b.operands) or len(a.results) != len(b.results):
+            return False
+        if any(pairs.get(x) is not y for x, y in zip(a.operands, b.operands, strict=True)):
+            return False
+        if any(getattr(a, n) != getattr(b, n) for n in a.attribute_names()):
+            return False
+        pairs.update(zip(a.results, b.results, strict=True))
+    if len(left.outputs) != len(right.outputs):
+        return False
+    if any(pairs.get(x) is not y for x, y in zip(left.outputs, right.outputs, strict=True)):
+        return False
+    return all(
+        (x.name, x.type, x.range, x.histogram) == (y.name, y.type, y.range, y.histogram) for x, y in pairs.items()
+    )

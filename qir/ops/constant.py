@@ -1,0 +1,72 @@
+"""`const`: data that is part of the program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.arrays import Array
+from qir.interval import Bounds, Interval, exact
+from qir.ir import ALL_STAGES, Op, OpBounds
+from qir.types import FloatType, Shape, storage_of
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Const(Op):
+    """Constant data. Before stage `fixed` a quantized result type says how the float data will be quantized."""
+
+    mnemonic = "const"
+    stages = ALL_STAGES
+    operand_names = ()
+    value: Array
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the data are reals."""
+        return bool(self.value.data.dtype.kind == "f")
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The shape of the data."""
+        return (self.value.shape,)
+
+    def check(self) -> Iterator[str]:
+        """Float data are finite; integer data lie in the storage bounds."""
+        storage = storage_of(self.result.type.element)
+        data = self.value.data
+        if data.dtype.kind == "f":
+            if not np.isfinite(data).all():
+                yield "its data hold NaN or infinity; replace them in the model"
+        elif isinstance(self.result.type.element, FloatType):
+            yield f"its data are {data.dtype}, its type is f32"
+        elif storage and data.size and not storage.lo <= int(data.min()) <= int(data.max()) <= storage.hi:
+            yield f"its data span [{data.min()}, {data.max()}], beyond the storage bounds [{storage.lo}, {storage.hi}]"
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The data and their extremes, per last axis."""
+        data = self.value.data
+        if data.size == 0:
+            return OpBounds((Bounds(exact(0), exact(0), data),))
+        rows = data.reshape(-1, data.shape[-1]) if data.ndim else data.reshape(1)
+        return OpBounds((Bounds(exact(rows.min(axis=0)), exact(rows.max(axis=0)), data),))
+
+    def real_range(self, operands: Sequence[Interval]) -> tuple[Interval, ...]:
+        """The extremes of the data."""
+        data = self.value.data
+        return (Interval(float(data.min()), float(data.max())) if data.size else Interval(0.0, 0.0),)
+
+    def intermediate_bits(self) -> int:
+        """The data are computed with as they are."""
+        storage = storage_of(self.result.type.element)
+        return storage.bits if storage else 32
+
+    def eval_float(self) -> tuple[npt.NDArray[Any], ...]:
+        """The data."""
+        return (self.value.data,)
+
+    def eval_int(self) -> tuple[npt.NDArray[Any], ...]:
+        """The data."""
+        return (self.value.data,)

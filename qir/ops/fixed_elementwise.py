@@ -1,0 +1,255 @@
+"""Integer arithmetic element by element, with NumPy broadcasting, on centred operands (`q - zero_point`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.fixed_point import Overflow, Rounding, narrow, round_divide
+from qir.interval import Bounds
+from qir.ir import FIXED_ONLY, Op, OpBounds
+from qir.opdef import broadcast_shapes
+from qir.ops.accumulate import bits_of, centered, centre
+from qir.types import IntegerType, Shape, storage_of, zero_array
+
+Tensor = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Elementwise(Op):
+    """Base: two operands, one exact result narrowed to the storage bounds of the result by `overflow`."""
+
+    stages = FIXED_ONLY
+    operand_names = ("a", "b")
+    overflow: Overflow
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The broadcast shape."""
+        return (broadcast_shapes([v.type.shape for v in self.operands]),)
+
+    def check(self) -> Iterator[str]:
+        """The result is of integers."""
+        if storage_of(self.result.type.element) is None:
+            yield "the result must be integers"
+
+    @property
+    def storage(self) -> IntegerType:
+        """The storage of the result."""
+        storage = storage_of(self.result.type.element)
+        assert storage is not None
+        return storage
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The exact result for centred operands."""
+        raise NotImplementedError
+
+    def eval_int(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        exact = self.combine(centre(a, self.operands[0].type), centre(b, self.operands[1].type))
+        return (narrow(exact, self.storage.lo, self.storage.hi, self.overflow),)
+
+    def corners(self, a: Bounds, b: Bounds) -> list[Tensor]:
+        """Results among which the extremes lie, for centred bounds."""
+        return [self.combine(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The extremes of the corners, narrowed."""
+        a, b = (centered(v.type, self._whole(o, v.type.shape)) for v, o in zip(self.operands, operands, strict=True))
+        corners = self.corners(a, b)
+        free = Bounds.of(np.minimum.reduce(corners), np.maximum.reduce(corners))
+        return narrowed(free, self.storage, self.overflow)
+
+    def _whole(self, bounds: Bounds, shape: Shape) -> Bounds:
+        """Channel bounds of an operand whose last axis is broadcast hold for every channel of the result."""
+        last = self.result.type.shape[-1] if self.result.type.shape else 1
+        return bounds if shape and shape[-1] == last else bounds.flat()
+
+
+def narrowed(free: Bounds, storage: IntegerType, overflow: Overflow) -> OpBounds:
+    """The bounds after narrowing exact results to `storage`."""
+    hull = free.hull
+    if overflow is Overflow.SATURATE or overflow is Overflow.NONE:
+        return OpBounds((free.clamp(storage.lo, storage.hi),), None, hull)
+    fits = storage.lo <= hull.lo and hull.hi <= storage.hi
+    return OpBounds((free if fits else Bounds.of(storage.lo, storage.hi),), None, hull)
+
+
+class FixedAdd(Elementwise):
+    """`(a - za) + (b - zb)`."""
+
+    mnemonic = "add"
+
+    def intermediate_bits(self) -> int:
+        """One bit more than the wider operand."""
+        return max(bits_of(v.type) for v in self.operands) + 1
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum."""
+        return a + b
+
+
+class FixedSub(Elementwise):
+    """`(a - za) - (b - zb)`."""
+
+    mnemonic = "sub"
+
+    def intermediate_bits(self) -> int:
+        """One bit more than the wider operand."""
+        return max(bits_of(v.type) for v in self.operands) + 1
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The difference."""
+        return a - b
+
+
+class FixedMul(Elementwise):
+    """`(a - za) * (b - zb)`."""
+
+    mnemonic = "mul"
+
+    def intermediate_bits(self) -> int:
+        """The bits of both operands."""
+        return sum(bits_of(v.type) for v in self.operands)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product."""
+        return a * b
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedDiv(Elementwise):
+    """`round((a - za) / (b - zb) * multiplier * 2**(shift - 31)) + z`, ties away from zero: qir's own rule.
+
+    No runtime of the TensorFlow Lite family defines an integer division of two activations. A zero divisor gives the
+    bound on the side of the dividend's sign, and 0 / 0 gives the zero point.
+    """
+
+    mnemonic = "div"
+    multiplier: int
+    shift: int
+
+    def intermediate_bits(self) -> int:
+        """Dividend and divisor carry the multiplier and the whole shift."""
+        return max(bits_of(v.type) for v in self.operands) + 31 + abs(31 - self.shift)
+
+    def combine(self, a: Tensor, b: Tensor) -> Tensor:
+        """The quotient at the result's scale, zero point added."""
+        down = 31 - self.shift
+        numerator = np.where(b < 0, -a, a) * self.multiplier * (1 << max(-down, 0))
+        denominator = np.abs(b) * (1 << max(down, 0))
+        safe = np.where(b == 0, 1, denominator)
+        limit = 1 << (self.storage.bits + 2)
+        sign = (a > 0).astype(np.int64) - (a < 0).astype(np.int64)
+        quotient = np.where(b == 0, sign * limit, round_divide(numerator, safe, Rounding.HALF_AWAY))
+        return quotient + int(zero_array(self.result.type.element))
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The storage bounds where the divisor may be zero, else the corners."""
+        b = centered(self.operands[1].type, operands[1]).hull
+        if b.lo <= 0 <= b.hi:
+            return OpBounds((Bounds.of(self.storage.lo, self.storage.hi),))
+        return super().bounds(operands)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Table(Op):
+    """`table[..., x - lo]`: any function of one operand of at most 16 bits, `lo` its container's least value.
+
+    The table is [entries], or [channels, entries] with a row for each index of the operand's last axis.
+    """
+
+    mnemonic = "table"
+    stages = FIXED_ONLY
+    operand_names = ("input", "table")
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The input's shape. Raises QirError when the table does not fit it."""
+        return (self.operands[0].type.shape,)
+
+    def check(self) -> Iterator[str]:
+        """The table has an entry for each value of the operand's container."""
+        storage = storage_of(self.operands[0].type.element)
+        if storage is None or storage.bits > 16:
+            yield "a table is indexed by integers of at most 16 bits"
+            return
+        shape, x = self.operands[1].type.shape, self.operands[0].type.shape
+        if shape[-1:] != (1 << storage.bits,) or len(shape) > 2 or (len(shape) == 2 and shape[0] != x[-1]):
+            yield f"the table must be [{1 << storage.bits}] or [channels, {1 << storage.bits}]"
+        table, result = (storage_of(v.type.element) for v in (self.operands[1], self.result))
+        if table is None or result is None or not result.lo <= table.lo <= table.hi <= result.hi:
+            yield "the entries must be integers within the result's storage bounds"
+
+    def intermediate_bits(self) -> int:
+        """An index."""
+        return 18
+
+    @property
+    def first(self) -> int:
+        """The operand's value of entry 0."""
+        storage = storage_of(self.operands[0].type.element)
+        assert storage is not None
+        return -(1 << (storage.bits - 1)) if storage.signed else 0
+
+    def eval_int(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        index = (x - self.first).astype(np.int64)
+        if table.ndim == 1:
+            return (table[index],)
+        return (table[np.arange(table.shape[0]), index],)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
+        """The extremes of the entries that the operand can reach."""
+        data = operands[1].data
+        if data is None:
+            return None
+        rows = np.atleast_2d(data).astype(np.int64)
+        x = operands[0].shifted(-self.first)
+        count = max(rows.shape[0], x.channels or 1)
+        rows = np.broadcast_to(rows, (count, rows.shape[1]))
+        lows, highs = (np.broadcast_to(e, (count,)) for e in (x.lo, x.hi))
+        parts = [row[int(a) : int(b) + 1] for row, a, b in zip(rows, lows, highs, strict=True)]
+        result = Bounds.of([int(p.min()) for p in parts], [int(p.max()) for p in parts])
+        return OpBounds((result.flat() if count == 1 else result,))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedArgMax(Op):
+    """The index of the greatest element along `axis`; the first of equals, or the last where so asked."""
+
+    mnemonic = "argmax"
+    stages = FIXED_ONLY
+    axis: int
+    keepdims: bool
+    select_last_index: bool
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The shape without the axis, or with a 1 in its place."""
+        shape = self.operands[0].type.shape
+        middle: Shape = (1,) if self.keepdims else ()
+        return ((*shape[: self.axis], *middle, *shape[self.axis + 1 :]),)
+
+    def intermediate_bits(self) -> int:
+        """An index."""
+        return 63
+
+    def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        return (argmax(x, self.axis, self.keepdims, self.select_last_index),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The indices of the axis."""
+        size = self.operands[0].type.shape[self.axis]
+        assert isinstance(size, int)
+        return OpBounds((Bounds.of(0, max(size - 1, 0)),))
+
+
+def argmax(x: Tensor, axis: int, keepdims: bool, last: bool) -> Tensor:
+    """NumPy's argmax, or the last of equal elements."""
+    if not last:
+        return np.asarray(np.argmax(x, axis=axis, keepdims=keepdims), np.int64)
+    flipped = np.argmax(np.flip(x, axis), axis=axis, keepdims=keepdims)
+    return np.asarray(x.shape[axis] - 1 - flipped, np.int64)

@@ -1,0 +1,209 @@
+"""Integer convolution, matrix product and sum. Layout NHWC; the results are accumulators, not yet requantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.errors import QirError
+from qir.fixed_point import Overflow
+from qir.interval import Bounds, Interval
+from qir.ir import OpBounds
+from qir.opdef import Window, broadcast_shapes, known_dim, normalize_axis, pad_spatial, window_view
+from qir.ops.accumulate import Accumulating, bits_of, centered, centre, term_bounds
+from qir.types import BATCH, Dim, Shape, shape_text
+
+Tensor = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv2d(Accumulating):
+    """2-d convolution: `sum((x - zx) * (w - zw)) + bias` over input NHWC and weights [O, kh, kw, C / groups].
+
+    Padding stands for the real 0, so that it adds nothing. A depthwise convolution has as many groups as channels.
+    """
+
+    mnemonic = "conv2d"
+    operand_names = ("input", "weight", "bias?")
+    pads: tuple[int, ...]  # top, left, bottom, right
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int
+
+    @property
+    def window(self) -> Window:
+        """The sliding window."""
+        kernel = tuple(known_dim(d, "a kernel dimension") for d in self.operands[1].type.shape[1:3])
+        return Window(kernel, self.strides, self.pads, self.dilations)
+
+    def infer(self) -> tuple[Shape, ...]:
+        """[N, Ho, Wo, O]. Raises QirError when shapes, groups or window do not fit."""
+        x, w = self.operands[0].type.shape, self.operands[1].type.shape
+        if len(x) != 4 or len(w) != 4:
+            raise QirError("conv2d takes an NHWC input and weights [O, kh, kw, C / groups]")
+        channels, outputs = known_dim(x[3], "the channel dimension"), known_dim(w[0], "the output channels")
+        if self.groups < 1 or channels != known_dim(w[3], "the channels") * self.groups or outputs % self.groups:
+            raise QirError(f"{self.groups} groups do not fit {channels} input channels and weights {w}")
+        bias = self.optional_operand(2)
+        if bias is not None and bias.type.shape != (outputs,):
+            raise QirError(f"the bias must have one value for each of the {outputs} output channels")
+        return ((x[0], *self.window.output(x[1:3]), outputs),)
+
+    def macs(self) -> int:
+        """Output elements times kernel elements."""
+        w = self.operands[1].type
+        return self.result.type.sample_size * (w.sample_size // max(int(w.shape[0]), 1))
+
+    def intermediate_bits(self) -> int:
+        """Bits of the longest exact sum."""
+        x, w = (v.type for v in self.operands[:2])
+        terms = w.sample_size // max(int(w.shape[0]), 1) + 1
+        return max(bits_of(x) + bits_of(w), self.accumulator.bits + 1) + terms.bit_length()
+
+    def eval_int(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        window, groups = self.window, self.groups
+        outputs = window.output(x.shape[1:3])
+        padded = pad_spatial(centre(x, self.operands[0].type), window, x.shape[1:3], outputs, 1, 0)
+        view = window_view(padded, window, outputs, 1)  # [N, Ho, Wo, C, kh, kw]
+        weights = centre(w, self.operands[1].type).reshape(groups, w.shape[0] // groups, *w.shape[1:])
+        pixels = view.shape[:3]
+
+        def products() -> Iterator[Tensor]:
+            for i, j in np.ndindex(*window.kernel):
+                tap = view[..., i, j].reshape(*pixels, groups, 1, w.shape[3])
+                yield from self.contract(tap, weights[:, :, i, j, :], (*pixels, w.shape[0]))
+
+        return (self.accumulate(products(), np.zeros((*pixels, w.shape[0]), x.dtype), bias),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
+        """Per output channel, position by position where padding cuts taps off."""
+        w = self.operands[1].type.shape
+        count, per_group = known_dim(w[0], "the output channels"), known_dim(w[3], "the input channels")
+        if self.operands[1].type.sample_size == 0 or self.result.type.sample_size == 0:
+            return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
+        x = centered(self.operands[0].type, operands[0])
+        if x.channels is not None:  # the channels that each output reads: [O, 1, 1, C / groups]
+            own = np.repeat(np.arange(self.groups), count // self.groups)[:, None, None, None]
+            x = Bounds(*(e.reshape(self.groups, per_group)[own[:, 0, 0, 0]][:, None, None, :] for e in (x.lo, x.hi)))
+        lo, hi = term_bounds(x, centered(self.operands[1].type, operands[1]))
+        lo, hi = (np.broadcast_to(e, self.operands[1].type.concrete(0)).reshape(count, -1, per_group) for e in (lo, hi))
+        window, shape = self.window, self.operands[0].type.shape
+        spatial = [known_dim(d, "a spatial dimension") for d in shape[1:3]]
+        outputs = window.output(spatial)
+        rows, columns = (np.unique(window.taps(a, spatial[a], outputs[a]), axis=0) for a in range(2))
+        valid = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
+        return self.chain_bounds(lo, hi, valid, operands[2] if len(operands) > 2 else None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedMatMul(Accumulating):
+    """Matrix product `sum((a - za) * (b - zb)) + bias` of a [..., M, K] and b [..., K, N]; the bias is [N].
+
+    The leading dimensions broadcast. A fully connected layer is this op with constant b.
+    """
+
+    mnemonic = "matmul"
+    operand_names = ("a", "b", "bias?")
+
+    def infer(self) -> tuple[Shape, ...]:
+        """[..., M, N]. Raises QirError when the shapes do not fit."""
+        a, b = (v.type.shape for v in self.operands[:2])
+        if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+            raise QirError(f"shapes {shape_text(a)} and {shape_text(b)} do not multiply")
+        known_dim(a[-1], "the summed dimension"), known_dim(b[-1], "the output dimension")
+        bias = self.optional_operand(2)
+        if bias is not None and bias.type.shape != (b[-1],):
+            raise QirError(f"the bias must have one value for each of the {b[-1]} outputs")
+        if len(a) == 2:
+            return ((*b[:-2], a[0], b[-1]),) if len(b) > 2 else ((a[0], b[-1]),)
+        return ((*broadcast_shapes([a[:-2], b[:-2]]), a[-2], b[-1]),)
+
+    def macs(self) -> int:
+        """Output elements times summed length."""
+        return self.result.type.sample_size * int(self.operands[0].type.shape[-1])
+
+    def intermediate_bits(self) -> int:
+        """Bits of the longest exact sum."""
+        a, b = (v.type for v in self.operands[:2])
+        length = int(a.shape[-1]) + 1
+        return max(bits_of(a) + bits_of(b), self.accumulator.bits + 1) + length.bit_length()
+
+    def eval_int(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        left, right = centre(a, self.operands[0].type), centre(b, self.operands[1].type)
+        shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+        def products() -> Iterator[Tensor]:
+            if self.overflow is not Overflow.SATURATE:
+                yield left @ right
+            else:
+                for k in range(a.shape[-1]):
+                    yield left[..., :, k : k + 1] * right[..., k : k + 1, :]
+
+        return (self.accumulate(products(), np.zeros(shape, a.dtype), bias),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
+        """Per output where b is constant and shared by the batch; else the hull of every product, K times."""
+        length = int(self.operands[0].type.shape[-1])
+        count = int(self.operands[1].type.shape[-1])
+        if not length or not count:
+            return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
+        a = centered(self.operands[0].type, operands[0])
+        b = centered(self.operands[1].type, operands[1])
+        if b.data is not None and b.data.ndim == 2:
+            lo, hi = term_bounds(a, Bounds(b.lo, b.hi, b.data.T))
+        else:
+            lo, hi = term_bounds(a.flat(), b.flat())
+        lo, hi = (np.broadcast_to(e, (count, length)).reshape(count, 1, length) for e in (lo, hi))
+        valid = np.ones((1, 1), bool)
+        return self.chain_bounds(lo, hi, valid, operands[2] if len(operands) > 2 else None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReduceSum(Accumulating):
+    """The sum of `x - zx` over `axes`; the reduced dimensions stay as 1 where `keepdims`."""
+
+    mnemonic = "reduce_sum"
+    axes: tuple[int, ...]
+    keepdims: bool
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The reduced shape. Raises QirError when an axis is the batch."""
+        shape = self.operands[0].type.shape
+        axes = {normalize_axis(a, len(shape)) for a in self.axes}
+        for axis in axes:
+            known_dim(shape[axis], "a reduced axis")
+        kept: list[Dim] = [1 if i in axes else d for i, d in enumerate(shape) if self.keepdims or i not in axes]
+        return (tuple(kept),)
+
+    @property
+    def count(self) -> int:
+        """Elements in each sum."""
+        shape = self.operands[0].type.shape
+        return int(np.prod([int(shape[a]) for a in self.axes], dtype=np.int64))
+
+    def intermediate_bits(self) -> int:
+        """Bits of the longest exact sum."""
+        return max(bits_of(self.operands[0].type), self.accumulator.bits + 1) + self.count.bit_length()
+
+    def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        values = np.moveaxis(centre(x, self.operands[0].type), self.axes, range(len(self.axes)))
+        chain = values.reshape(self.count, *values.shape[len(self.axes) :])
+        summed = self.accumulate(iter(chain), np.zeros(chain.shape[1:], x.dtype), None)
+        shape = self.infer()[0]
+        return (summed.reshape(tuple(len(x) if d == BATCH else int(d) for d in shape)),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """`count` times the bounds of an element."""
+        x = centered(self.operands[0].type, operands[0])
+        if self.operands[0].type.rank - 1 in self.axes:
+            x = x.flat()
+        result = Bounds.of(x.lo * self.count, x.hi * self.count)
+        whole = result.hull
+        return self.overflowed(result, Interval(min(whole.lo, 0), max(whole.hi, 0)))

@@ -1,0 +1,225 @@
+"""Ops that change the scale: requantize between integers, quantize and dequantize at the border to reals."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.arrays import Array
+from qir.errors import QirError
+from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize, round_half_away
+from qir.interval import Bounds, Interval, exact
+from qir.ir import FIXED_ONLY, Op, OpBounds
+from qir.ops.accumulate import centered, centre
+from qir.types import (
+    F32,
+    AffineType,
+    ElementType,
+    FloatType,
+    IntegerType,
+    Shape,
+    is_quantized,
+    scale_array,
+    storage_of,
+    zero_array,
+)
+
+Tensor = npt.NDArray[Any]
+
+_FLOAT_FORMS = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
+
+
+class QuantizeRule(enum.StrEnum):
+    """How a real is divided by the scale before it is rounded; the two differ near ties."""
+
+    DIVIDE = "divide"  # x / s in float32
+    RECIPROCAL = "reciprocal"  # x * (1 / s) in float32
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Requantize(Op):
+    """`round((x - zx) * 2**input_shift * multiplier * 2**shift) + z`, narrowed to the storage bounds of the result.
+
+    `form` names the formula (`qir.fixed_point.requantize`); multiplier and shift are 0-d, or 1-d along the last axis;
+    the multiplier is a 31-bit integer, or a float for the forms `float32` and `double_away`. A fused activation is
+    nothing but narrower storage bounds of the result. `overflow=none` claims a proof that no value leaves them.
+    """
+
+    mnemonic = "requantize"
+    stages = FIXED_ONLY
+    multiplier: Array
+    shift: Array
+    form: RequantizeForm
+    input_shift: int = 0
+    rounding: Rounding | None = None
+    overflow: Overflow
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The operand's shape. Raises QirError when the multipliers do not fit the last axis."""
+        shape = self.operands[0].type.shape
+        if self.shift.shape != self.multiplier.shape or self.multiplier.data.ndim > 1:
+            raise QirError("multiplier and shift are scalars, or equally long 1-d arrays")
+        if self.multiplier.data.ndim == 1 and (not shape or self.multiplier.size != shape[-1]):
+            raise QirError(f"{self.multiplier.size} multipliers do not fit the last axis of the operand")
+        return (shape,)
+
+    def check(self) -> Iterator[str]:
+        """The multiplier suits the form."""
+        is_float = self.multiplier.data.dtype.kind == "f"
+        if is_float != (self.form in _FLOAT_FORMS):
+            yield f"the form {self.form} takes {'float' if self.form in _FLOAT_FORMS else 'integer'} multipliers"
+        if (self.form is RequantizeForm.SHIFT) != (self.rounding is not None):
+            yield "a rounding mode belongs to the form shift, and only to it"
+        if bool((self.multiplier.data < 0).any()):
+            yield "multipliers are not negative"
+        if storage_of(self.result.type.element) is None:
+            yield "the result must be integers"
+
+    def intermediate_bits(self) -> int:
+        """The product with a 31-bit multiplier, or the shifted operand."""
+        storage = storage_of(self.operands[0].type.element)
+        return (storage.bits if storage else 32) + max(self.input_shift, 0) + 31
+
+    def unsaturated(self, x: Tensor) -> Tensor:
+        """The value before it is narrowed, for centred x (last axis: the channels of the multipliers)."""
+        shifted = x << self.input_shift if self.input_shift else x
+        scaled = requantize(shifted, self.multiplier.data, self.shift.data, self.form, self.rounding)
+        return np.asarray(scaled + zero_array(self.result.type.element))
+
+    def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op."""
+        storage = self.storage
+        return (narrow(self.unsaturated(centre(x, self.operands[0].type)), storage.lo, storage.hi, self.overflow),)
+
+    @property
+    def storage(self) -> IntegerType:
+        """The storage of the result."""
+        storage = storage_of(self.result.type.element)
+        assert storage is not None
+        return storage
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The images of the ends: each form is monotonic as long as no left shift wraps."""
+        x, storage = centered(self.operands[0].type, operands[0]), self.storage
+        whole = OpBounds((Bounds.of(storage.lo, storage.hi),))
+        if self._may_wrap(x.hull):
+            return whole
+        ends = []
+        for end in (x.lo, x.hi):
+            values = end.astype(np.int64) if self.form in _FLOAT_FORMS else end
+            ends.append(exact(self.unsaturated(np.atleast_1d(values))))
+        channels = max(e.shape[0] for e in ends)
+        if channels == 1 and self.multiplier.data.ndim == 0 and x.channels is None:
+            ends = [e[0] for e in ends]
+        free = Bounds.of(ends[0], ends[1])
+        if self.overflow in (Overflow.SATURATE, Overflow.NONE):
+            return OpBounds((free.clamp(storage.lo, storage.hi),), None, free.hull)
+        fits = storage.lo <= free.hull.lo and free.hull.hi <= storage.hi
+        return OpBounds((free,) if fits else whole.results, None, free.hull)
+
+    def _may_wrap(self, x: Interval) -> bool:
+        """Whether the 32-bit left shift of the TFLite forms can wrap, which would break monotonicity."""
+        if self.form not in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON):
+            return False
+        left = self.input_shift + max(int(self.shift.data.max(initial=0)), 0)
+        return not -(1 << 31) <= int(x.lo) << left <= int(x.hi) << left < 1 << 31
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Quantize(Op):
+    """Reals to integers: `round(x / scale) + zero_point`, saturated to the storage bounds. NaN: the zero point."""
+
+    mnemonic = "quantize"
+    stages = FIXED_ONLY
+    rule: QuantizeRule
+    rounding: Rounding
+    overflow: Overflow = Overflow.SATURATE
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The operand's shape."""
+        return (self.operands[0].type.shape,)
+
+    def check(self) -> Iterator[str]:
+        """Reals in, quantized integers out, in a rounding that the border has."""
+        if not isinstance(self.operands[0].type.element, FloatType) or not is_quantized(self.result.type.element):
+            yield "quantize takes reals and gives a quantized type"
+        if self.rounding not in (Rounding.HALF_EVEN, Rounding.HALF_AWAY):
+            yield "quantize rounds half_even or half_away"
+        if self.overflow is not Overflow.SATURATE:
+            yield "reals have no proved bounds, so quantize saturates"
+
+    def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op; x is float32."""
+        return (quantize_array(x, self.result.type.element, self.rule, self.rounding),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The storage bounds: the reals are unknown."""
+        storage = storage_of(self.result.type.element)
+        assert storage is not None
+        return OpBounds((Bounds.of(storage.lo, storage.hi),))
+
+
+def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding: Rounding) -> Tensor:
+    """float32 reals as int64 integers of a quantized type, saturating; the division is in float32.
+
+    Raises QirError when the type is not quantized.
+    """
+    storage = storage_of(element)
+    if storage is None or not is_quantized(element):
+        raise QirError("only quantized types have a scale to quantize by")
+    scale, zero = along_axis(element, x.ndim)
+    with np.errstate(over="ignore"):
+        scaled = x / scale if rule is QuantizeRule.DIVIDE else x * (np.float32(1) / scale)
+    limit = np.float32(2.0**62)
+    scaled = np.clip(np.where(np.isnan(scaled), np.float32(0), scaled), -limit, limit)
+    rounded = np.rint(scaled).astype(np.int64) if rounding is Rounding.HALF_EVEN else round_half_away(scaled)
+    return np.asarray(np.clip(np.asarray(rounded) + zero, storage.lo, storage.hi))
+
+
+def dequantize_array(q: Tensor, element: ElementType) -> Tensor:
+    """Integers of a quantized type as float32 reals: `float32(q - zero_point) * scale`, one rounding."""
+    if not is_quantized(element):
+        raise QirError("only quantized types have a scale to dequantize by")
+    scale, zero = along_axis(element, q.ndim)
+    return np.asarray((q.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
+
+
+def along_axis(element: ElementType, rank: int) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int64), shaped to broadcast along their axis of a tensor of this rank."""
+    scale = scale_array(element).astype(np.float32)  # type: ignore[arg-type]
+    zero = zero_array(element)
+    axis = getattr(element, "axis", None)
+    if axis is None:
+        return scale, zero
+    shape = [-1 if i == axis else 1 for i in range(rank)]
+    return scale.reshape(shape), zero.reshape(shape) if isinstance(element, AffineType) else zero
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Dequantize(Op):
+    """Integers to reals: `float32(x - zero_point) * scale`."""
+
+    mnemonic = "dequantize"
+    stages = FIXED_ONLY
+
+    def infer(self) -> tuple[Shape, ...]:
+        """The operand's shape."""
+        return (self.operands[0].type.shape,)
+
+    def infer_elements(self) -> tuple[ElementType, ...]:
+        """float32."""
+        return (F32,)
+
+    def check(self) -> Iterator[str]:
+        """Quantized integers in."""
+        if not is_quantized(self.operands[0].type.element):
+            yield "dequantize takes a quantized type"
+
+    def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The definition of the op; the result is float32."""
+        return (dequantize_array(x, self.operands[0].type.element),)

@@ -1,0 +1,109 @@
+"""The range engine: what every integer value, and every partial sum on the way to it, can be. Exact throughout.
+
+One forward walk applies each op's own transfer function (`Op.bounds`); an op without a rule gets the whole range of its
+type and a diagnostic, so that unknown is never skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from qir.errors import Diagnostic
+from qir.fixed_point import Overflow
+from qir.interval import Bounds, Interval
+from qir.ir import Graph, Op, OpBounds, Value
+from qir.types import storage_of
+
+_FLOAT_PLACEHOLDER = Bounds.of(0, 0)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Sound bounds of a fixed-stage graph.
+
+    `bounds` holds every integer value, `steps` every op that has a rule, `diagnostics` a warning for each without.
+    """
+
+    bounds: Mapping[Value, Bounds]
+    steps: Mapping[Op, OpBounds]
+    diagnostics: tuple[Diagnostic, ...]
+
+    def interval(self, value: Value) -> Interval | None:
+        """The hull of an integer value; None for a float one."""
+        bounds = self.bounds.get(value)
+        return bounds.hull if bounds is not None else None
+
+
+def prove(graph: Graph) -> Proof:
+    """Bounds of every integer value of a fixed-stage graph, from the storage bounds of its inputs."""
+    bounds: dict[Value, Bounds] = {}
+    steps: dict[Op, OpBounds] = {}
+    diagnostics: list[Diagnostic] = []
+    for value in graph.inputs:
+        _whole_range(value, bounds)
+    for op in graph.ops:
+        step = None
+        if not op.is_float:
+            step = op.bounds([bounds.get(v, _FLOAT_PLACEHOLDER) for v in op.operands])
+        if step is not None:
+            steps[op] = step
+            bounds.update(zip(op.results, step.results, strict=True))
+            continue
+        for value in op.results:
+            _whole_range(value, bounds)
+        if not op.is_float:
+            message = "no range rule for these operands; its results are taken to span their whole type"
+            diagnostics.append(Diagnostic(op.describe(), message, "warning"))
+    integer = {v: b for v, b in bounds.items() if storage_of(v.type.element) is not None}
+    return Proof(integer, steps, tuple(diagnostics))
+
+
+def _whole_range(value: Value, bounds: dict[Value, Bounds]) -> None:
+    storage = storage_of(value.type.element)
+    if storage is not None:
+        bounds[value] = Bounds.of(storage.lo, storage.hi)
+
+
+def overflow_room(op: Op) -> Interval | None:
+    """The interval that an op's exact value must not leave for its `overflow` to be idle; None: it has no overflow."""
+    if not hasattr(op, "overflow"):
+        return None
+    accumulator = getattr(op, "accumulator", None) or storage_of(op.result.type.element)
+    return Interval(accumulator.lo, accumulator.hi) if accumulator is not None else None
+
+
+def is_idle(op: Op, step: OpBounds | None) -> bool:
+    """Whether the proof shows that no value of `op` ever overflows."""
+    room = overflow_room(op)
+    return room is not None and step is not None and step.unsaturated is not None and room.contains(step.unsaturated)
+
+
+def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
+    """Every fact that the graph states and the proof does not support."""
+    for value in graph.values():
+        proved = proof.interval(value)
+        if value.range is None or proved is None:
+            continue
+        if not (isinstance(value.range.lo, int) and isinstance(value.range.hi, int)):
+            yield Diagnostic(f"%{value.name}", "a range at stage fixed is of integers")
+        elif not value.range.contains(proved):
+            yield Diagnostic(
+                f"%{value.name}",
+                f"states the range [{value.range.lo}, {value.range.hi}], but [{proved.lo}, {proved.hi}] is what is "
+                "proved; re-run range-analysis",
+            )
+    for op in graph.ops:
+        step = proof.steps.get(op)
+        stated = getattr(op, "partial", None)
+        if stated is not None and (step is None or step.partial is None or not stated.contains(step.partial)):
+            proved_text = (
+                "nothing" if step is None or step.partial is None else f"[{step.partial.lo}, {step.partial.hi}]"
+            )
+            yield Diagnostic(
+                op.describe(),
+                f"states partial sums in [{stated.lo}, {stated.hi}], but {proved_text} is what is proved; "
+                "re-run range-analysis",
+            )
+        if getattr(op, "overflow", None) is Overflow.NONE and not is_idle(op, step):
+            yield Diagnostic(op.describe(), "claims overflow=none, which is not proved; use saturate or wrap")

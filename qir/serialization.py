@@ -1,0 +1,124 @@
+"""Graphs on disk: a `.qir` text and, beside it, a safetensors sidecar of its large arrays.
+
+Files are written whole or not at all: to a temporary name first, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from qir.arrays import Array
+from qir.errors import QirError, ResourceError
+from qir.ir import Graph
+from qir.parser import parse
+from qir.printer import print_graph, resources
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises QirError when the place cannot be written."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as fault:
+        raise QirError(f"cannot write {path}: {fault.strerror}; choose a place that can be written") from fault
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `path` only when the block succeeds.
+
+    An existing folder is replaced only when it is empty or was written by qir (it holds a `.qir` text); anything else
+    there is an error, as is a parent that cannot be written.
+    """
+    if path.exists() and not _replaceable(path):
+        raise QirError(f"{path} exists and holds no qir output; choose another output folder or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as fault:
+        raise QirError(f"cannot write {path}: {fault.strerror}; choose an output folder that can be written") from fault
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        old = temporary.with_name(f"{temporary.name}.old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and (not any(path.iterdir()) or any(path.glob("*.qir")))
+
+
+def sidecar_name(graph: Graph) -> str:
+    """A file name that follows from the arrays, so that dumps with the same constants share one file."""
+    digest = hashlib.sha256()
+    for name, array in sorted(resources(graph).items()):
+        digest.update(f"{name}\0{array.sha256}\0".encode())
+    return f"constants-{digest.hexdigest()[:16]}.safetensors"
+
+
+def write_graph(graph: Graph, path: str | Path, sidecar: str = "") -> None:
+    """Write the text to `path` and its large arrays beside it, in `sidecar` or a file named by their hash."""
+    path = Path(path)
+    arrays = resources(graph)
+    if arrays:
+        sidecar = sidecar or sidecar_name(graph)
+        if not (path.parent / sidecar).exists() or not sidecar.startswith("constants-"):
+            write_bytes(path.parent / sidecar, save({n: np.asarray(a.data) for n, a in arrays.items()}))
+    write_bytes(path, print_graph(graph, sidecar).encode())
+
+
+def read_graph(path: str | Path) -> Graph:
+    """The graph written at `path`, with the sidecar that its text names.
+
+    Raises QirError when a file is missing or unreadable, ParseError and ResourceError as `parse` does.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+        raise QirError(f"cannot read {path}: {reason}") from fault
+    match = re.search(r'^resources "([^"\n]*)" \{$', text, re.MULTILINE)
+    return parse(text, _read_sidecar(path, match[1]) if match else None, str(path))
+
+
+def _read_sidecar(path: Path, name: str) -> dict[str, Array]:
+    if Path(name).name != name:
+        raise ResourceError(f"{path}: the sidecar {name!r} must lie beside the text, under a plain file name")
+    sidecar = path.parent / name
+    if not sidecar.is_file():
+        raise ResourceError(f"{path}: its sidecar {sidecar} is missing; keep the two files together")
+    try:
+        return {key: Array(data, key) for key, data in load_file(sidecar).items()}
+    except (SafetensorError, OSError) as fault:
+        raise ResourceError(f"{sidecar}: not a readable safetensors file: {fault}") from fault

@@ -1,0 +1,251 @@
+"""What the bits of a tensor mean: shapes, plain integers, affine-quantized integers and power-of-two fixed point.
+
+A type says what bits mean; how they were made (rounding, overflow) belongs to ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.arrays import Array
+from qir.errors import QirError
+
+#: The symbolic batch: the leading dimension that stays open, so that one program runs any batch size.
+BATCH: Final = "N"
+Dim = int | Literal["N"]
+Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FloatType:
+    """IEEE 754 binary32: the only floating-point element type."""
+
+    def __str__(self) -> str:
+        return "f32"
+
+
+F32: Final = FloatType()
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerType:
+    """An integer of 1 to 64 bits whose values lie in [lo, hi], which may be narrower than the container.
+
+    Raises QirError when the width is outside 1..64 or the bounds are empty or do not fit the width.
+    """
+
+    bits: int
+    signed: bool
+    lo: int
+    hi: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 64:
+            raise QirError(f"an integer type has 1 to 64 bits, not {self.bits}")
+        low, high = container_bounds(self.bits, self.signed)
+        if not low <= self.lo <= self.hi <= high:
+            raise QirError(
+                f"storage bounds [{self.lo}, {self.hi}] do not fit {self.base_name}, which holds [{low}, {high}]"
+            )
+
+    @property
+    def base_name(self) -> str:
+        """The container alone: `s8`, `u4`."""
+        return f"{'s' if self.signed else 'u'}{self.bits}"
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether the storage bounds are narrower than the container."""
+        return (self.lo, self.hi) != container_bounds(self.bits, self.signed)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest NumPy dtype that holds the container."""
+        width = next(w for w in (8, 16, 32, 64) if self.bits <= w)
+        return np.dtype(f"{'i' if self.signed else 'u'}{width // 8}")
+
+    def narrowed(self, lo: int, hi: int) -> IntegerType:
+        """The same container with these storage bounds."""
+        return IntegerType(self.bits, self.signed, lo, hi)
+
+    def __str__(self) -> str:
+        return f"{self.base_name}[{self.lo}, {self.hi}]" if self.is_narrowed else self.base_name
+
+
+def container_bounds(bits: int, signed: bool) -> tuple[int, int]:
+    """The least and the greatest value of a two's complement or unsigned container of `bits` bits."""
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def integer(bits: int, signed: bool = True) -> IntegerType:
+    """The integer type that uses its whole container."""
+    return IntegerType(bits, signed, *container_bounds(bits, signed))
+
+
+S8: Final = integer(8)
+S16: Final = integer(16)
+S32: Final = integer(32)
+S64: Final = integer(64)
+U8: Final = integer(8, signed=False)
+BOOL: Final = integer(1, signed=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AffineType:
+    """Integers q that stand for the reals `(q - zero_point) * scale`, per tensor (axis None) or along one axis.
+
+    `scale` is a float32 array and `zero_point` an int64 array, both 0-d per tensor or 1-d per axis.
+    Raises QirError when a scale is not positive and finite, or the arrays do not fit the axis.
+    """
+
+    storage: IntegerType
+    scale: Array
+    zero_point: Array
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        rank = 0 if self.axis is None else 1
+        if self.scale.data.ndim != rank or self.zero_point.shape != self.scale.shape:
+            raise QirError("scale and zero point are scalars per tensor, or equally long 1-d arrays per axis")
+        if not bool(np.all(np.isfinite(self.scale.data) & (self.scale.data > 0))):
+            raise QirError("every scale must be positive and finite")
+
+    @property
+    def parameters(self) -> Array:
+        """The array that runs along the axis."""
+        return self.scale
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether some zero point differs from 0."""
+        return bool(self.zero_point.data.any())
+
+    def with_storage(self, storage: IntegerType) -> AffineType:
+        """The same scale and zero point on other storage bounds."""
+        return AffineType(storage, self.scale, self.zero_point, self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPointType:
+    """Integers q that stand for the reals `q * 2**exponent`; `exponent` is an int64 array, 0-d or along `axis`."""
+
+    storage: IntegerType
+    exponent: Array
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.exponent.data.ndim != (0 if self.axis is None else 1):
+            raise QirError("an exponent is a scalar per tensor, or a 1-d array per axis")
+
+    @property
+    def parameters(self) -> Array:
+        """The array that runs along the axis."""
+        return self.exponent
+
+    def with_storage(self, storage: IntegerType) -> FixedPointType:
+        """The same binary point on other storage bounds."""
+        return FixedPointType(storage, self.exponent, self.axis)
+
+
+QuantizedType = AffineType | FixedPointType
+ElementType = FloatType | IntegerType | AffineType | FixedPointType
+
+
+def affine(
+    storage: IntegerType,
+    scale: npt.ArrayLike,
+    zero_point: npt.ArrayLike = 0,
+    axis: int | None = None,
+    name: str = "",
+) -> AffineType:
+    """An affine type from plain numbers: scales are rounded to float32, a scalar zero point serves the whole axis."""
+    scales = np.asarray(scale, np.float32)
+    zeros = np.broadcast_to(np.asarray(zero_point, np.int64), scales.shape).copy()
+    prefix = f"{name}." if name else ""
+    return AffineType(storage, Array(scales, f"{prefix}scale"), Array(zeros, f"{prefix}zero"), axis)
+
+
+def fixed_point(storage: IntegerType, exponent: npt.ArrayLike, axis: int | None = None) -> FixedPointType:
+    """A power-of-two type from plain numbers."""
+    return FixedPointType(storage, Array(np.asarray(exponent, np.int64), "exponent"), axis)
+
+
+def storage_of(element: ElementType) -> IntegerType | None:
+    """The integer storage of an element type, or None for float32."""
+    if isinstance(element, FloatType):
+        return None
+    return element if isinstance(element, IntegerType) else element.storage
+
+
+def is_quantized(element: ElementType) -> bool:
+    """Whether integers of this type stand for reals."""
+    return isinstance(element, AffineType | FixedPointType)
+
+
+def scale_array(element: QuantizedType) -> npt.NDArray[np.float64]:
+    """The scale(s) as float64: exact for float32 scales and for powers of two."""
+    if isinstance(element, AffineType):
+        return element.scale.data.astype(np.float64)
+    return np.ldexp(1.0, element.exponent.data.astype(np.int64))
+
+
+def zero_array(element: ElementType) -> npt.NDArray[np.int64]:
+    """The zero point(s): 0 for plain integers and fixed point."""
+    return element.zero_point.data if isinstance(element, AffineType) else np.zeros((), np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A shape, whose leading dimension may be the symbolic batch, and an element type."""
+
+    shape: Shape
+    element: ElementType = F32
+
+    def __post_init__(self) -> None:
+        for place, dim in enumerate(self.shape):
+            if dim == BATCH:
+                if place:
+                    raise QirError(f"only the leading dimension can be the batch N, not dimension {place}")
+            elif not isinstance(dim, int) or dim < 0:
+                raise QirError(f"a dimension is a non-negative integer or N, not {dim!r}")
+        if isinstance(self.element, AffineType | FixedPointType) and self.element.axis is not None:
+            axis, length = self.element.axis, self.element.parameters.size
+            if not 0 <= axis < len(self.shape) or self.shape[axis] != length:
+                raise QirError(f"{length} scales do not fit axis {axis} of shape {shape_text(self.shape)}")
+
+    @property
+    def rank(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the leading dimension is the symbolic batch."""
+        return bool(self.shape) and self.shape[0] == BATCH
+
+    @property
+    def sample_size(self) -> int:
+        """The number of elements, one sample of the batch counted."""
+        return int(np.prod([d for d in self.shape if isinstance(d, int)], dtype=np.int64))
+
+    def concrete(self, batch: int) -> tuple[int, ...]:
+        """The shape with the batch filled in."""
+        return tuple(d if isinstance(d, int) else batch for d in self.shape)
+
+    def with_element(self, element: ElementType) -> TensorType:
+        """The same shape with another element type."""
+        return TensorType(self.shape, element)
+
+    def with_shape(self, shape: Sequence[Dim]) -> TensorType:
+        """The same element type with another shape."""
+        return TensorType(tuple(shape), self.element)
+
+
+def shape_text(shape: Shape) -> str:
+    """`Nx8x8x16`; the empty string for a scalar."""
+    return "x".join(str(d) for d in shape)

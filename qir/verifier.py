@@ -1,0 +1,118 @@
+"""What every legal graph obeys. Findings are collected, each with its place; the rules of one op stand in its class.
+
+1. Names of values and of outputs are unique; operands are defined before they are used; outputs are defined.
+2. An op stands only at its stages and has as many operands as it declares.
+3. Results have the shapes that the op infers, and the element types where the op fixes them.
+4. The op's own `check` finds nothing.
+5. Before `typed` no value has a quantized type; at `ranged` and `typed` every real value has a finite range.
+6. At `fixed` a float op is an island: it reads and makes float32 only, and so does whatever feeds it.
+7. At `fixed` every stated range, partial sum and `overflow=none` is supported by the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from qir.errors import Diagnostic, QirError, VerifyError
+from qir.ir import Graph, Op, Stage, Value
+from qir.ops.constant import Const
+from qir.proof import Proof, false_claims, prove
+from qir.types import FloatType, is_quantized, shape_text
+
+
+def verify(graph: Graph, proof: Proof | None = None) -> None:
+    """Raise VerifyError with every finding unless the graph is legal. `proof` saves proving it anew."""
+    faults = find_faults(graph, proof)
+    if faults:
+        raise VerifyError(faults, graph.name)
+
+
+def find_faults(graph: Graph, proof: Proof | None = None) -> tuple[Diagnostic, ...]:
+    """Every finding, in graph order; the proof is tried only on a graph that is otherwise sound."""
+    faults = [*_naming(graph)]
+    if not faults:
+        for value in graph.inputs:
+            faults += [Diagnostic(f"%{value.name}", m) for m in _value(graph, value)]
+        for op in graph.ops:
+            faults += [Diagnostic(op.describe(), m) for m in _op(graph, op)]
+    if not faults and graph.stage is Stage.FIXED:
+        faults += false_claims(graph, proof or prove(graph))
+    return tuple(faults)
+
+
+def _naming(graph: Graph) -> Iterator[Diagnostic]:
+    names: set[str] = set()
+    defined: set[Value] = set()
+    for place, values in _definitions(graph):
+        for operand in () if isinstance(place, str) else place.operands:
+            if operand not in defined:
+                yield Diagnostic(_describe(place), f"reads %{operand.name}, which is not defined before it")
+        for value in values:
+            if value.name in names:
+                yield Diagnostic(_describe(place), f"the name %{value.name} is defined twice")
+            names.add(value.name)
+            defined.add(value)
+    for value, name in zip(graph.outputs, graph.output_names, strict=True):
+        if value not in defined:
+            yield Diagnostic(f"output {name!r}", f"%{value.name} is not defined")
+    if len(set(graph.output_names)) != len(graph.output_names):
+        yield Diagnostic("outputs", "two outputs have the same name")
+    if not graph.outputs:
+        yield Diagnostic("outputs", "the graph returns nothing")
+
+
+def _definitions(graph: Graph) -> Iterator[tuple[Op | str, tuple[Value, ...]]]:
+    yield "inputs", graph.inputs
+    for op in graph.ops:
+        yield op, op.results
+
+
+def _describe(place: Op | str) -> str:
+    return place if isinstance(place, str) else place.describe()
+
+
+def _op(graph: Graph, op: Op) -> Iterator[str]:
+    if graph.stage not in op.stages and not (graph.stage is Stage.FIXED and op.is_float):
+        yield f"{op.mnemonic} does not belong at stage {graph.stage}"
+        return
+    least, most = op.operand_limits()
+    if len(op.operands) < least or (most is not None and len(op.operands) > most):
+        expected = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
+        yield f"takes {expected} operands, not {len(op.operands)}"
+        return
+    try:
+        shapes = op.infer()
+        elements = op.infer_elements() if graph.stage is Stage.FIXED else None
+    except QirError as fault:
+        yield str(fault)
+        return
+    if len(shapes) != len(op.results):
+        yield f"has {len(shapes)} results, not {len(op.results)}"
+        return
+    for place, (value, shape) in enumerate(zip(op.results, shapes, strict=True)):
+        if value.type.shape != shape:
+            yield f"%{value.name} has shape {shape_text(value.type.shape)}, the op makes {shape_text(shape)}"
+            return
+        if elements is not None and isinstance(elements[place], FloatType) != isinstance(value.type.element, FloatType):
+            yield f"%{value.name} has the wrong kind of element type"
+            return
+        for message in _value(graph, value):
+            yield f"%{value.name}: {message}"
+    yield from op.check()
+    if graph.stage is Stage.FIXED and op.is_float:
+        for value in (*op.operands, *op.results):
+            if not isinstance(value.type.element, FloatType) and not isinstance(op, Const):
+                yield f"is a float island, but %{value.name} is not float32"
+
+
+def _value(graph: Graph, value: Value) -> Iterator[str]:
+    early = graph.stage in (Stage.FLOAT, Stage.RANGED)
+    if early and is_quantized(value.type.element):
+        yield f"a quantized type at stage {graph.stage}"
+    is_real = isinstance(value.type.element, FloatType) or is_quantized(value.type.element)
+    if graph.stage in (Stage.RANGED, Stage.TYPED) and is_real:
+        if value.range is None:
+            yield f"has no range at stage {graph.stage}; run calibrate and range-analysis"
+        elif not (math.isfinite(value.range.lo) and math.isfinite(value.range.hi)):
+            yield f"its range [{value.range.lo}, {value.range.hi}] is not finite"
