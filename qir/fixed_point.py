@@ -156,10 +156,9 @@ def narrow(value: Integers, lo: int, hi: int, overflow: Overflow) -> Integers:
 
 def round_half_away(value: Floats) -> Integers:
     """The nearest integer to a float64, ties away from zero: C's `round`, and TfLiteRound. Clipped to +-2^62."""
-    value = np.asarray(value, np.float64)
+    value = np.clip(np.asarray(value, np.float64), -_FLOAT_LIMIT, _FLOAT_LIMIT)
     whole = np.trunc(value)
-    rounded = whole + np.where(np.abs(value - whole) >= 0.5, np.copysign(1.0, value), 0.0)
-    return _to_integers(rounded)
+    return _to_integers(whole + np.where(np.abs(value - whole) >= 0.5, np.copysign(1.0, value), 0.0))
 
 
 def quantize_multiplier(real: float | np.floating[Any]) -> tuple[int, int]:
@@ -170,9 +169,9 @@ def quantize_multiplier(real: float | np.floating[Any]) -> tuple[int, int]:
     runtime has.
     """
     real = float(real)
-    if not math.isfinite(real):
+    if not (math.isfinite(real) and real >= 0):
         raise FixedPointError(
-            f"a requantization multiplier must be finite, not {real!r}; a scale is zero or not finite"
+            f"a requantization multiplier must be finite and positive, not {real!r}; check the scales"
         )
     mantissa, shift = math.frexp(real)
     multiplier = int(round_half_away(mantissa * 2.0**31))

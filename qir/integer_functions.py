@@ -169,8 +169,8 @@ def prepare_sigmoid(input_scale: Scale) -> SigmoidParameters:
 def prepare_hard_swish(input_scale: Scale, output_scale: Scale) -> HardSwishParameters:
     """The parameters of hard_swish.
 
-    Raises FixedPointError where the runtime refuses the op (the input scale is 128 times the output's or more) and where
-    its 16-bit shifts are undefined (it is 2^-9 times the output's or less, or it is less than 2^-22).
+    Raises FixedPointError where the runtime refuses the op (the input scale is 128 times the output's or more), and
+    where its 16-bit shifts are undefined (it is below 2^-9 times the output's, or below about 2^-23).
     """
     fine = _double(input_scale) / 128.0
     output, gate = _multiplier(fine / _double(output_scale)), _multiplier(fine / (3.0 / 32768.0))
@@ -185,8 +185,8 @@ def prepare_hard_swish(input_scale: Scale, output_scale: Scale) -> HardSwishPara
 
 
 def prepare_leaky_relu(input_scale: Scale, alpha: Scale, output_scale: Scale) -> tuple[Multiplier, Multiplier]:
-    """The factors on inputs from the zero point up, and below it. Alpha is a float32; the second factor has its sign."""
-    magnitude = product_multiplier(input_scale, abs(alpha), output_scale)
+    """The factors on inputs from the zero point up, and below it. Alpha is a float32, and the second has its sign."""
+    magnitude = product_multiplier(input_scale, abs(_double(alpha)), output_scale)
     below = Multiplier(-magnitude.multiplier, magnitude.shift) if alpha < 0 else magnitude
     return rescale_multiplier(input_scale, output_scale), below
 

@@ -14,7 +14,7 @@ from qir.arrays import Array
 from qir.errors import QirError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize, round_half_away
 from qir.interval import Bounds, Interval, exact
-from qir.ir import FIXED_ONLY, Op, OpBounds
+from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre
 from qir.types import (
     F32,
@@ -179,6 +179,25 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
     scaled = np.clip(np.where(np.isnan(scaled), np.float32(0), scaled), -limit, limit)
     rounded = np.rint(scaled).astype(np.int64) if rounding is Rounding.HALF_EVEN else round_half_away(scaled)
     return np.asarray(np.clip(np.asarray(rounded) + zero, storage.lo, storage.hi))
+
+
+def quantize_input(graph: Graph, value: Value, array: Tensor) -> Tensor:
+    """Reals for a quantized input of a fixed-stage graph, as the graph's attributes say; integers pass as they are.
+
+    Raises QirError when the graph does not say how its inputs are quantized.
+    """
+    if array.dtype.kind != "f" or not is_quantized(value.type.element):
+        return array
+    try:
+        rule, rounding = (
+            QuantizeRule(str(graph.attributes["input_rule"])),
+            Rounding(str(graph.attributes["input_rounding"])),
+        )
+    except (KeyError, ValueError):
+        raise QirError(
+            f"graph @{graph.name} must state input_rule=divide|reciprocal and input_rounding=half_even|half_away"
+        ) from None
+    return quantize_array(array.astype(np.float32), value.type.element, rule, rounding)
 
 
 def dequantize_array(q: Tensor, element: ElementType) -> Tensor:

@@ -332,7 +332,7 @@ def test_logistic_and_tanh() -> None:
 
 
 def hard_swish_scales() -> list[tuple[float, float]]:
-    """Input scales 2^-8 to 64 times the output's, and such that the 16-bit multiplier lies near a tie of its rounding."""
+    """Input and output scales, some of which put the 16-bit multiplier near a tie of its own rounding."""
     rng = np.random.default_rng(10)
     ratios = [2.0**k for k in range(-8, 7)] + [float(ratio) for ratio in np.exp(rng.uniform(-5, 4, 30))]
     cases = [(float(F32(ratio * out)), out) for ratio in ratios for out in (2.0**-7, 0.05, 0.75)]
