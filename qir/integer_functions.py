@@ -156,13 +156,14 @@ def prepare_softmax(input_scale: Scale, beta: Scale = 1.0) -> SoftmaxParameters:
 
 
 def prepare_sigmoid(input_scale: Scale) -> SigmoidParameters:
-    """The parameters of logistic and tanh alike: `input_scale * 2^27`.
+    """The parameters of logistic and tanh alike: `input_scale * 2^27`. From scale 8 on, both are -128 at zero.
 
-    Raises FixedPointError when that is below one half, where the runtime's shifts are undefined.
+    Raises FixedPointError when that is outside [1/2, 2^31), where the runtime's shifts are undefined.
     """
-    multiplier, left_shift = _multiplier(_double(input_scale) * 2.0 ** (31 - _SIGMOID_BITS))
-    if left_shift < 0 or multiplier == 0:
-        raise FixedPointError(f"logistic and tanh need an input scale of at least 2^-28, not {_double(input_scale)!r}")
+    real = _double(input_scale) * 2.0 ** (31 - _SIGMOID_BITS)
+    if not 0.5 <= real < 2.0**31:
+        raise FixedPointError(f"logistic and tanh need an input scale from 2^-28 to 16, not {_double(input_scale)!r}")
+    multiplier, left_shift = _multiplier(real)
     return SigmoidParameters(multiplier, left_shift, _input_radius(_SIGMOID_BITS, left_shift))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from qir.arrays import Array
 from qir.errors import QirError, RewriteError
 from qir.interval import Bounds, Interval
-from qir.types import ElementType, Shape, TensorType
+from qir.types import ElementType, IntegerType, Shape, TensorType
 
 if TYPE_CHECKING:
     import networkx
@@ -39,13 +39,15 @@ class Value:
     """An edge of the graph: a name, unique in its graph, a type, and facts. Hashes by identity.
 
     `range` is the calibrated interval (float) before stage `fixed` and the proved one (int) at it. `histogram` is what
-    calibration observed, as `qir.calibration.Histogram.to_array` lays it out.
+    calibration observed, as `qir.calibration.Histogram.to_array` lays it out. `storage` is the integer type that
+    assign-bit-widths chose and select-q-formats will give a scale.
     """
 
     name: str
     type: TensorType
     range: Interval | None = None
     histogram: Array | None = None
+    storage: IntegerType | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -318,6 +320,8 @@ def _equal(left: Graph, right: Graph) -> bool:
         return False
     if any(pairs.get(x) is not y for x, y in zip(left.outputs, right.outputs, strict=True)):
         return False
-    return all(
-        (x.name, x.type, x.range, x.histogram) == (y.name, y.type, y.range, y.histogram) for x, y in pairs.items()
-    )
+    return all(_facts(x) == _facts(y) for x, y in pairs.items())
+
+
+def _facts(value: Value) -> tuple[object, ...]:
+    return value.name, value.type, value.range, value.histogram, value.storage

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -85,6 +85,15 @@ def parse(text: str, resources: Mapping[str, Array] | None = None, source: str =
     Raises ParseError (line and column) or ResourceError.
     """
     return _Parser(text, resources or {}, source).graph()
+
+
+class _Typed(NamedTuple):
+    """What stands behind the colon of a value: its type and facts, in the order of Value's fields."""
+
+    type: TensorType
+    range: Interval | None
+    histogram: Array | None
+    storage: IntegerType | None
 
 
 class _Parser:
@@ -211,11 +220,10 @@ class _Parser:
         self.expect(":")
         return self.define(name, self.value_type(), token)
 
-    def define(self, name: str, made: tuple[TensorType, Interval | None, Array | None], token: Token) -> Value:
+    def define(self, name: str, made: _Typed, token: Token) -> Value:
         if name in self.values:
             self.fail(f"%{name} is defined twice", token)
-        kind, interval, histogram = made
-        value = self.values[name] = Value(name, kind, interval, histogram)
+        value = self.values[name] = Value(name, *made)
         return value
 
     def operand(self) -> Value:
@@ -442,11 +450,12 @@ class _Parser:
             self.fail(f"bad shape '{token.text}'", token)
         return tuple(BATCH if d == BATCH else int(d) for d in token.text.split("x"))
 
-    def value_type(self) -> tuple[TensorType, Interval | None, Array | None]:
+    def value_type(self) -> _Typed:
         kind = self.tensor_type()
         interval = self.interval() if self.accept("in") else None
         histogram = self.array() if self.accept("hist") else None
-        return kind, interval, histogram
+        storage = self.integer_type() if self.accept("storage") else None
+        return _Typed(kind, interval, histogram, storage)
 
     def tensor_type(self) -> TensorType:
         token = self.token

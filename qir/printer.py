@@ -128,6 +128,8 @@ def _typed(value: Value, names: ResourceNames) -> str:
         text += f" in {interval_text(value.range)}"
     if value.histogram is not None:
         text += f" hist {array_text(value.histogram, names)}"
+    if value.storage is not None:
+        text += f" storage {value.storage}"
     return text
 
 

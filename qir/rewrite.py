@@ -182,12 +182,17 @@ class Rewriter(GraphBuilder):
             self.set(before, after)
         return new.results
 
+    def claim(self, old: Value) -> str:
+        """The name of an old value that goes away, free to be given to what stands for it."""
+        self._reserved.discard(old.name)
+        return old.name
+
     def replace(self, old: Op, op_class: type[Op], operands: Sequence[Value], **options: Any) -> Value:
         """Emit an op in place of `old`, under the name and the location of its one result, and map that result.
 
         `options` are those of `emit`.
         """
-        self._reserved.discard(old.result.name)
+        self.claim(old.result)
         options.setdefault("location", old.location)
         new = self.emit(op_class, operands, name=old.result.name, **options)
         self.set(old.result, new)

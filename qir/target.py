@@ -1,4 +1,4 @@
-"""A target: what a chip computes, as data. Loaded from TOML, validated field by field, printed by `qir targets NAME`."""
+"""A target: what a chip computes, as data, loaded from TOML and validated field by field."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class InputQuantization:
 
 @dataclass(frozen=True)
 class Costs:
-    """Relative costs. `mac` maps `weights x activations` bits, such as `"8x8"`, to the cost of one multiply-accumulate."""
+    """Relative costs: `mac` maps bits of weight and activation, such as `"8x8"`, to the cost of a multiply-accumulate."""
 
     mac: Mapping[str, float]
 
@@ -119,6 +119,9 @@ class Target:
                     raise QirError(f"{group}.bits lists {bits}; widths of 2 to 16 bits are supported")
         if self.accumulator.overflow not in (Overflow.WRAP, Overflow.SATURATE):
             raise QirError(f"accumulator.overflow must be wrap or saturate, not {self.accumulator.overflow}")
+        integer_forms = (RequantizeForm.DOUBLE_ROUND, RequantizeForm.SINGLE_ROUND, RequantizeForm.NEON)
+        if self.requantization.form not in integer_forms:
+            raise QirError(f"requantization.form must be one of {', '.join(integer_forms)}")
         for a in self.activations.bits:
             for w in self.weights.bits:
                 if f"{w}x{a}" not in self.costs.mac:

@@ -66,7 +66,7 @@ class BatchMultiple:
 
 def shape_array(shape: Shape) -> Tensor:
     """A shape as ONNX's Shape gives it: int64, or object where it holds N."""
-    return settle(_objects([BatchMultiple(1) if d == BATCH else d for d in shape]))
+    return settle(objects([BatchMultiple(1) if d == BATCH else d for d in shape]))
 
 
 def settle(array: Tensor) -> Tensor:
@@ -81,12 +81,12 @@ def size_of(shape: Shape) -> Tensor:
     total: Any = 1
     for dim in shape:
         total = total * (BatchMultiple(1) if dim == BATCH else dim)
-    return settle(_objects(total))
+    return settle(objects(total))
 
 
 def equal(left: Tensor, right: Tensor) -> Tensor:
     """Elementwise equality. Raises QirError where it would depend on the value of N."""
-    return np.asarray(np.frompyfunc(_equal, 2, 1)(_objects(left), _objects(right)), np.bool_)
+    return np.asarray(np.frompyfunc(_equal, 2, 1)(objects(left), objects(right)), np.bool_)
 
 
 def _equal(left: object, right: object) -> bool:
@@ -98,7 +98,8 @@ def _equal(left: object, right: object) -> bool:
     return left == right
 
 
-def _objects(items: Any) -> Tensor:
+def objects(items: Any) -> Tensor:
+    """An object array of a list, an array, or one element by itself (0-d)."""
     data = np.asarray(items, object) if isinstance(items, list | np.ndarray) else items
     if isinstance(data, np.ndarray):
         return data
@@ -115,7 +116,7 @@ def as_objects(array: Tensor) -> Tensor:
         raise QirError(
             f"combines a shape that holds the open batch N with {array.dtype}; fix the batch size with shapes"
         )
-    return _objects(array.astype(object))
+    return objects(array.astype(object))
 
 
 def to_dims(items: tuple[int | BatchMultiple, ...]) -> tuple[Dim, ...]:

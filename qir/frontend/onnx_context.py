@@ -16,8 +16,8 @@ from qir.errors import QirError, RewriteError
 from qir.frontend.onnx_batch import BatchMultiple
 from qir.frontend.onnx_model import tensor_array
 from qir.ir import Op, Value
-from qir.ops.movement import Reshape
 from qir.opdef import normalize_axis
+from qir.ops.movement import Reshape
 from qir.rewrite import GraphBuilder
 from qir.types import BATCH, F32, Dim, ElementType, Shape, TensorType, integer, shape_text
 
@@ -46,8 +46,8 @@ def element_type(data_type: int) -> ElementType:
         return integer(8 * dtype.itemsize, dtype.kind == "i")
     known = {number: name for name, number in onnx.TensorProto.DataType.items()}
     raise QirError(
-        f"elements of type {known.get(data_type, data_type)} are not supported, float32 and integers of 8 to 64 bits are; "
-        f"export the model in float32"
+        f"elements of type {known.get(data_type, data_type)} are not supported, float32 and integers of 8 to 64 bits "
+        f"are; export the model in float32"
     )
 
 
@@ -59,6 +59,7 @@ class Scope:
         self.opset = opset
         self.folder = folder
         self.known: dict[str, Known] = {}
+        self.read: frozenset[str] = frozenset()  # the names that nodes and graph outputs read
         self._constants: dict[str, Value] = {}
 
     def value(self, name: str) -> Value:
@@ -176,9 +177,9 @@ class Node:
         """The name of the first result."""
         return next((o for o in self.proto.output if o), "")
 
-    def uses(self, index: int) -> bool:
-        """Whether the output is named, which means that something may read it."""
-        return index < len(self.proto.output) and bool(self.proto.output[index])
+    def is_read(self, index: int) -> bool:
+        """Whether anything reads the output."""
+        return index < len(self.proto.output) and self.proto.output[index] in self.scope.read
 
     def emit(
         self, op_class: type[Op], operands: Iterable[Value], *, name: str | None = None, **attributes: Any

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 from qir.errors import ImportModelError
@@ -48,7 +48,7 @@ def check_model(model: onnx.ModelProto) -> int:
     if model.graph.sparse_initializer:
         name = model.graph.sparse_initializer[0].values.name
         raise ImportModelError(f'tensor "{name}" is sparse; store it as a dense initializer')
-    return versions[0]
+    return int(versions[0])
 
 
 def tensor_array(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
@@ -91,7 +91,7 @@ def _inside(folder: Path | None, location: str, name: str) -> Path:
     """The file that a tensor names. Raises ImportModelError when it is missing or lies outside the model's folder."""
     if folder is None:
         raise ImportModelError(
-            f'tensor "{name}" has external data ("{location}"), and a model object has no folder; import it from its file'
+            f'tensor "{name}" has external data ("{location}"), but a model object has no folder; import its file'
         )
     # A path is judged by the rules of both families, so that a model means the same everywhere.
     pure = (PurePosixPath(location), PureWindowsPath(location))

@@ -1,8 +1,4 @@
-"""The formulas of qir.fixed_point and qir.integer_functions against TensorFlow Lite Micro, to the bit.
-
-Random scales hide rounding bugs, so scales are powers of two, or such that one accumulator lands within a float32
-rounding error of a tie: then a factor derived in the wrong float type shows.
-"""
+"""The formulas of qir.fixed_point and qir.integer_functions against TensorFlow Lite Micro, to the bit."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from oracle.adversarial import activation_scales, boundary_accumulators, hard_swish_scales, near_tie, scale_pairs
 from oracle.tflite_writer import ModelWriter, run_tflite_micro
 
 from qir import integer_functions as functions
@@ -84,24 +81,6 @@ def constant_input(
     result = model.tensor("y", out_shape, np.int8, *out)
     model.operator(kind, [source, constant], [result], **options)
     return result
-
-
-def near_tie(product: float, acc: int, rng: np.random.Generator) -> np.float32:
-    """An output scale that puts `acc * product / scale` within a float32 rounding error of a tie."""
-    return F32(product * abs(acc) / (rng.integers(20, 127) + 0.5))
-
-
-def scale_pairs(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
-    """Input and output scales: powers of two times small odd numbers, and such that some input lies near a tie."""
-    powers = [(0.5, 0.5 * n / m) for n in (1, 2, 3, 5, 6, 7, 10, 14) for m in (1, 4)]
-    inputs = rng.uniform(0.01, 0.1, count).astype(F32)
-    return powers + [(float(s), float(near_tie(float(s), int(rng.integers(100, 256)), rng))) for s in inputs]
-
-
-def boundary_accumulators(real: float) -> Array:
-    """Accumulators on both sides of every boundary between two outputs, as int32."""
-    ties = np.round((np.arange(-140, 140) + 0.5) / real).astype(np.int64)
-    return np.unique(np.clip(ties[:, None] + np.arange(-12, 13), -(2**31) + 1, 2**31 - 1))
 
 
 def run_biased(
@@ -307,7 +286,7 @@ def test_leaky_relu(alpha: float) -> None:
     rng = np.random.default_rng(8)
     pairs = scale_pairs(rng, 30)
     pairs += [
-        (s, float(near_tie(float(F32(s)) * float(F32(alpha)), int(rng.integers(100, 256)), rng))) for s, _ in pairs
+        (s, float(near_tie(float(F32(s)) * abs(float(F32(alpha))), int(rng.integers(100, 256)), rng))) for s, _ in pairs
     ]
     for scale, out_scale in pairs:
         parameters = functions.prepare_leaky_relu(scale, alpha, out_scale)
@@ -316,30 +295,14 @@ def test_leaky_relu(alpha: float) -> None:
             assert np.array_equal(unary("LEAKY_RELU", INT8, scale, zero, out_scale, out_zero, alpha=alpha), expected)
 
 
-def activation_scales(seed: int, count: int) -> list[float]:
-    rng = np.random.default_rng(seed)
-    return [2.0**k for k in range(-12, 3)] + [float(F32(s)) for s in np.exp(rng.uniform(-9, 1, count))]
-
-
 def test_logistic_and_tanh() -> None:
-    for scale in activation_scales(9, 60):
+    for scale in [*activation_scales(9, 60), 8.0, 12.5, 15.9]:
         parameters = functions.prepare_sigmoid(scale)
         for zero in (-128, 0, 5, 127):
             x = INT8.astype(np.int64)
             got = unary("LOGISTIC", INT8, scale, zero, 1 / 256, -128)
             assert np.array_equal(got, functions.logistic(x, zero, parameters)), scale
             assert np.array_equal(unary("TANH", INT8, scale, zero, 1 / 128, 0), functions.tanh(x, zero, parameters))
-
-
-def hard_swish_scales() -> list[tuple[float, float]]:
-    """Input and output scales, some of which put the 16-bit multiplier near a tie of its own rounding."""
-    rng = np.random.default_rng(10)
-    ratios = [2.0**k for k in range(-8, 7)] + [float(ratio) for ratio in np.exp(rng.uniform(-5, 4, 30))]
-    cases = [(float(F32(ratio * out)), out) for ratio in ratios for out in (2.0**-7, 0.05, 0.75)]
-    for out in rng.uniform(0.01, 0.1, 60).astype(F32).tolist():
-        mantissa = (rng.integers(1 << 14, 1 << 15) + 0.5) / (1 << 15)
-        cases.append((float(F32(mantissa * 2.0 ** rng.integers(-1, 6) * out)), out))
-    return cases
 
 
 def test_hard_swish() -> None:
@@ -393,11 +356,12 @@ def test_reductions(kind: str, axes: tuple[int, ...]) -> None:
         count = int(np.prod([x.shape[axis] for axis in axes]))
         zero, out_zero = (int(z) for z in rng.integers(-30, 30, 2))
         acc = (x.astype(np.int64) - zero).sum(axis=axes, keepdims=bool(step % 2))
-        divisor = count if kind == "MEAN" else 1
-        scale = 0.5 if step % 3 else float(F32(rng.uniform(0.01, 0.1)))
-        extreme = int(np.abs(acc).max()) + 1
-        tied = float(near_tie(scale, extreme, rng)) / divisor
-        out_scale = float(F32(0.5 * count / divisor * rng.choice([0.5, 1, 1.5, 3]) if step % 3 == 1 else tied))
+        divisor = count if kind == "SUM" else 1
+        if step % 3:  # exact ties, also of the first rounding of a mean's multiplier
+            scale, out_scale = 0.125 * float(rng.choice([4, 5, 7, 12, 20])), 0.5 * divisor
+        else:
+            scale = float(F32(rng.uniform(0.01, 0.1)))
+            out_scale = float(near_tie(scale, int(np.abs(acc).max()) + 1, rng)) / (count // divisor)
         model = ModelWriter()
         source = model.tensor("x", x.shape, np.int8, scale, zero)
         keep = bool(step % 2)

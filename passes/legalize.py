@@ -1,0 +1,76 @@
+"""legalize: real ops on quantized types become integer ops with every numeric choice spelled out (stage `fixed`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qir.errors import PassError
+from qir.fixed_point import FixedPointError
+from qir.ir import Graph, Op, Stage
+from qir.ops.constant import Const
+from qir.pass_manager import Pass, PassContext
+from qir.passes.lowering.context import Lowering, NoIntegerForm
+from qir.passes.lowering.rules import RULES
+from qir.rewrite import live_ops
+from qir.target import Target
+
+
+@dataclass(frozen=True)
+class Legalize(Pass):
+    """Lower every op by its rule; layout is channels last from here, the program's borders keep ONNX's.
+
+    Every op that narrows saturates. An op without an integer form stays as a float island where the target has
+    floating point, and is counted; elsewhere it is an error.
+    """
+
+    name: ClassVar[str] = "legalize"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.TYPED})
+    ensures: ClassVar[Stage | None] = Stage.FIXED
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        """The integer graph, without proved ranges yet."""
+        target = context.need_target(self.name)
+        lowering = Lowering(graph, target)
+        for value in graph.inputs:
+            lowering.define(value, lowering.keep_input(value, range=None))
+        islands: list[str] = []
+        for op in graph.ops:
+            if isinstance(op, Const):
+                lowering.claim(op.result)
+            else:
+                reason = _lower(lowering, op, target)
+                islands += [reason] if reason else []
+        outputs = tuple(lowering.read(v) for v in graph.outputs)
+        attributes = {"input_rule": str(target.input.rule), "input_rounding": str(target.input.rounding)}
+        fixed = Graph(
+            graph.name,
+            Stage.FIXED,
+            tuple(lowering.inputs),
+            tuple(lowering.ops),
+            outputs,
+            graph.output_names,
+            target.name,
+            attributes,
+        )
+        fixed = fixed.with_changes(ops=tuple(live_ops(fixed)))
+        context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {len(islands)} float islands")
+        for reason in islands:
+            context.note(reason)
+        return fixed
+
+
+def _lower(lowering: Lowering, op: Op, target: Target) -> str:
+    """Lower one op; the reason why it stayed in floating point, or nothing. Raises PassError where it may not."""
+    rule = RULES.get(type(op))
+    try:
+        if rule is None:
+            raise NoIntegerForm("it has no lowering rule")
+        rule(lowering, op)
+        return ""
+    except (NoIntegerForm, FixedPointError) as fault:
+        reason = f"{op.describe()} has no integer form on {target.name}: {fault}"
+        if not target.floating_point:
+            raise PassError(f"{reason}; {target.name} has no floating point: replace the op in the model") from fault
+        lowering.island(op)
+        return reason

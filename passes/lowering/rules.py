@@ -1,0 +1,58 @@
+"""The legalization table: which rule lowers which float op. An op that is not here is an island, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from qir.ir import Op
+from qir.ops.float_elementwise import (
+    Add,
+    Clip,
+    Div,
+    HardSigmoid,
+    HardSwish,
+    LeakyRelu,
+    Mul,
+    PRelu,
+    Relu,
+    Sigmoid,
+    Sub,
+    Tanh,
+)
+from qir.ops.float_nn import Conv, MatMul
+from qir.ops.float_pool import ArgMax, AveragePool, MaxPool, ReduceMean, Softmax
+from qir.ops.movement import Concat, Gather, Pad, Reshape, Slice, Transpose
+from qir.passes.lowering import elementwise, linear, movement
+from qir.passes.lowering.context import Rule
+
+RULES: Final[Mapping[type[Op], Rule]] = MappingProxyType(
+    {
+        Conv: linear.lower_conv,
+        MatMul: linear.lower_matmul,
+        ReduceMean: linear.lower_mean,
+        Add: elementwise.lower_add,
+        Sub: elementwise.lower_add,
+        Mul: elementwise.lower_mul,
+        Div: elementwise.lower_div,
+        Relu: elementwise.lower_activation,
+        Clip: elementwise.lower_activation,
+        Sigmoid: elementwise.lower_sigmoid,
+        Tanh: elementwise.lower_tanh,
+        HardSwish: elementwise.lower_hard_swish,
+        HardSigmoid: elementwise.lower_hard_sigmoid,
+        LeakyRelu: elementwise.lower_leaky_relu,
+        PRelu: elementwise.lower_prelu,
+        Softmax: elementwise.lower_softmax,
+        ArgMax: elementwise.lower_argmax,
+        MaxPool: movement.lower_pool,
+        AveragePool: movement.lower_pool,
+        Reshape: movement.lower_reshape,
+        Transpose: movement.lower_transpose,
+        Concat: movement.lower_concat,
+        Slice: movement.lower_slice,
+        Gather: movement.lower_gather,
+        Pad: movement.lower_pad,
+    }
+)
