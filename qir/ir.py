@@ -251,14 +251,12 @@ class Graph:
         return print_graph(self)
 
     def to_networkx(self) -> networkx.MultiDiGraph[str]:
-        """A view for algorithms and drawings: nodes are inputs, ops and outputs, edges carry value name and type.
+        """A view for algorithms and drawings: nodes are inputs, ops and outputs, edges carry value name and type (shape and storage).
 
         Node keys are `%name` of the first result (inputs likewise) and `return name` for outputs; nodes are inserted
         in program order, with the attributes `kind`, `label` and `location`.
         """
         import networkx
-
-        from qir.printer import type_text
 
         view: networkx.MultiDiGraph[str] = networkx.MultiDiGraph(name=self.name)
         source: dict[Value, str] = {}
@@ -270,11 +268,11 @@ class Graph:
             source.update(dict.fromkeys(op.results, key))
             view.add_node(key, kind=op.mnemonic, label=op.mnemonic, location=op.location)
             for operand in op.operands:
-                view.add_edge(source[operand], key, value=operand.name, type=type_text(operand.type))
+                view.add_edge(source[operand], key, value=operand.name, type=str(operand.type))
         for name, value in zip(self.output_names, self.outputs, strict=True):
             key = f"return {name}"
             view.add_node(key, kind="output", label=name, location="")
-            view.add_edge(source[value], key, value=value.name, type=type_text(value.type))
+            view.add_edge(source[value], key, value=value.name, type=str(value.type))
         return view
 
     def to_dot(self) -> str:

@@ -245,6 +245,11 @@ class TensorType:
         """The same element type with another shape."""
         return TensorType(tuple(shape), self.element)
 
+    def __str__(self) -> str:
+        """Shape and storage, without scales: a label, not the text form."""
+        element = storage_of(self.element) or self.element
+        return f"{shape_text(self.shape)} x {element}" if self.shape else str(element)
+
 
 def shape_text(shape: Shape) -> str:
     """`Nx8x8x16`; the empty string for a scalar."""

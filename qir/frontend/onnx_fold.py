@@ -30,7 +30,7 @@ def fold(node: Node) -> tuple[Tensor, ...] | None:
     Raises QirError when the node cannot be computed.
     """
     kind = node.proto.op_type
-    if kind in _UNFOLDED or kind.startswith("Random") or any(a.HasField("g") for a in node.proto.attribute):
+    if kind in _UNFOLDED or kind.startswith("Random"):
         return None
     names = [name for name in node.proto.input if name]
     known = {name: node.scope.known[name] for name in names}

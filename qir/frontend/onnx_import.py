@@ -71,6 +71,8 @@ def _lower_node(proto: onnx.NodeProto, scope: Scope, context: onnx.checker.C.Che
     if missing is not None:
         raise QirError(f'{place}: its input "{missing}" is produced by no earlier node; the model is malformed')
     try:
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in proto.attribute):
+            raise QirError(_unsupported("operators with graphs inside are"))
         onnx.checker.check_node(proto, context)
         results: tuple[Known | None, ...] | None = fold(node)
         if results is None:
@@ -92,9 +94,13 @@ def _lower_node(proto: onnx.NodeProto, scope: Scope, context: onnx.checker.C.Che
 def _lowered(node: Node) -> tuple[Known | None, ...]:
     lower = LOWERINGS.get(node.proto.op_type)
     if lower is None:
-        raise QirError(
-            f"this operator is not supported on values computed at run time; supported are {', '.join(LOWERINGS)}, "
-            f"and any other whose inputs are constants"
-        )
+        raise QirError(_unsupported("this operator is"))
     results = lower(node)
     return results if isinstance(results, tuple) else (results,)
+
+
+def _unsupported(what: str) -> str:
+    return (
+        f"{what} not supported on values computed at run time; supported are {', '.join(LOWERINGS)}, "
+        f"and any other whose inputs are constants"
+    )

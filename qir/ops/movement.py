@@ -93,7 +93,7 @@ class Reshape(Movement):
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's reshape."""
         lead = (arrays[0].shape[0],) if self.operands[0].type.is_batched else ()
-        return arrays[0].reshape(*lead, *self.shape)
+        return arrays[0].reshape((*lead, *self.shape))
 
 
 class FixedReshape(Reshape):

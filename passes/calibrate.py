@@ -1,0 +1,125 @@
+"""calibrate: runs the float graph on sample data and attaches to each value the histogram of what it held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.arrays import Array
+from qir.calibration import Calibration, Histogram
+from qir.errors import CalibrationError, RunError
+from qir.interpreter import check_feeds, evaluate
+from qir.ir import Graph, Stage, Value
+from qir.ops.constant import Const
+from qir.pass_manager import Feeds, Pass, PassContext, Progress, no_progress
+from qir.rewrite import map_values
+from qir.types import FloatType
+
+#: Samples run at a time: enough for fast matrix products, few enough for the memory of large models.
+CHUNK: Final = 32
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Observes every real value that is not constant over the feeds, or the `Calibration`, in the context.
+
+    Raises CalibrationError, which names sample and input or value, for data that are missing or do not fit.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
+    ensures: ClassVar[Stage] = Stage.FLOAT
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        """The graph with a histogram on each observed value."""
+        given = context.calibration
+        if given is None:
+            raise CalibrationError(
+                "there is no calibration data; pass calibration=[{input name: array}, ...], or --calibration on the "
+                "command line"
+            )
+        calibration = given if isinstance(given, Calibration) else observe(graph, given, context.progress)
+        counts = [calibration[v.name].total for v in _observed(graph) if v.name in calibration]
+        context.note(f"{len(counts)} values observed, {sum(counts):,} numbers")
+        return apply(graph, calibration)
+
+
+def observe(graph: Graph, feeds: Iterable[Feeds], progress: Progress = no_progress) -> Calibration:
+    """What the values of a float graph hold over `feeds`: float32 reals by input name, any number of samples each.
+
+    Feeds may be observed apart, in any order and on other machines of one kind, and merged
+    (`qir.calibration.Calibration.merge`): the histograms are the same. Raises CalibrationError, which names the feed
+    and the input or value, for no data, wrong names, shapes or types, and for values that are not finite.
+    """
+    if isinstance(feeds, Mapping):
+        raise CalibrationError("calibration data is an iterable of feeds, such as [{input name: array}], not one feed")
+    wanted = frozenset(_observed(graph))
+    total = len(feeds) if isinstance(feeds, Sized) else 0
+    found: dict[Value, Histogram] = {}
+    for number, feed in enumerate(feeds):
+        progress("calibrate", number, total)
+        for part in _parts(graph, feed, number):
+            with np.errstate(all="ignore"):  # what comes out not finite is reported with its name
+                for value, array in evaluate(graph, part):
+                    if value in wanted:
+                        found[value] = _observe(value, array, found.get(value), number)
+    if not found:
+        raise CalibrationError("calibration data is empty: give at least one feed with one sample")
+    return Calibration({value.name: histogram for value, histogram in found.items()})
+
+
+def apply(graph: Graph, calibration: Calibration) -> Graph:
+    """The float graph with the histograms of `calibration` on its values.
+
+    Raises CalibrationError, which names the value, where one was not observed.
+    """
+    wanted = frozenset(_observed(graph))
+    missing = [v.name for v in graph.values() if v in wanted and v.name not in calibration]
+    if missing:
+        raise CalibrationError(
+            f"the calibration holds nothing for %{missing[0]} and {len(missing) - 1} more values of graph "
+            f"@{graph.name}; observe this very graph"
+        )
+
+    def facts(value: Value) -> dict[str, Any]:
+        if value not in wanted:
+            return {}
+        return {"histogram": Array(calibration[value.name].to_array(), f"{value.name}.histogram")}
+
+    return map_values(graph, facts)
+
+
+def _observed(graph: Graph) -> Iterator[Value]:
+    """The real values that are not constant."""
+    yield from (v for v in graph.inputs if isinstance(v.type.element, FloatType))
+    for op in graph.ops:
+        if not isinstance(op, Const):
+            yield from (v for v in op.results if isinstance(v.type.element, FloatType))
+
+
+def _parts(graph: Graph, feed: Feeds, number: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The feed in chunks of the batch. Raises CalibrationError where it does not fit the inputs."""
+    if not isinstance(feed, Mapping):
+        raise CalibrationError(
+            f"calibration feed {number} is of type {type(feed).__name__}; a feed maps input names to arrays"
+        )
+    try:
+        arrays = check_feeds(graph.inputs, feed)
+    except RunError as fault:
+        raise CalibrationError(f"calibration feed {number}: {fault}") from fault
+    samples = next((len(a) for v, a in arrays.items() if v.type.is_batched), 1)
+    if samples == 0 or any(a.size == 0 for a in arrays.values()):
+        raise CalibrationError(f"calibration feed {number} holds no samples; leave it out or fill it")
+    for start in range(0, samples, CHUNK):
+        yield {v.name: a[start : start + CHUNK] if v.type.is_batched else a for v, a in arrays.items()}
+
+
+def _observe(value: Value, array: npt.NDArray[Any], known: Histogram | None, number: int) -> Histogram:
+    try:
+        return Histogram.of(array) if known is None else known.observe(array)
+    except CalibrationError as fault:
+        raise CalibrationError(f"calibration feed {number}: value %{value.name}: {fault}") from fault

@@ -1,0 +1,136 @@
+"""range-analysis: an interval for every value, calibrated on reals and proved on integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qir.calibration import Histogram
+from qir.errors import CalibrationError, PassError
+from qir.interval import Interval
+from qir.ir import Graph, Op, Stage, Value
+from qir.observers import Observer, observer_from_string
+from qir.ops.accumulate import Accumulating
+from qir.ops.constant import Const
+from qir.pass_manager import Pass, PassContext
+from qir.proof import Proof, prove
+from qir.rewrite import map_values
+from qir.types import FloatType
+
+
+@dataclass(frozen=True)
+class RangeAnalysis(Pass):
+    """Writes the range of each value.
+
+    At stage `float` a real value gets what `observer` makes of its histogram, cut to what its op can give for operands
+    within their ranges; the graph becomes `ranged`. At stage `fixed` an integer value gets its proved bounds, and an
+    accumulating op those of its partial sums; the calibration plays no part.
+
+    `method` is `interval`. `observer` is the name of an observer with its options behind colons: `minmax`,
+    `percentile:percent=99.9`, `entropy`, `mse:levels=16:symmetric=True`. Raises PassError for another method and
+    CalibrationError for another observer.
+    """
+
+    method: str = "interval"
+    observer: str = "minmax"
+    name: ClassVar[str] = "range-analysis"
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT, Stage.FIXED})
+
+    def __post_init__(self) -> None:
+        if self.method != "interval":
+            raise PassError(f"range-analysis has no method {self.method!r}; there is: interval")
+        self.chosen_observer()
+
+    def chosen_observer(self) -> Observer:
+        """The observer that the option names."""
+        name, *options = self.observer.split(":")
+        return observer_from_string(f"{name}{{{','.join(options)}}}" if options else name)
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        """The graph with ranges; the same object where they stand already."""
+        return self._proved(graph, context) if graph.stage is Stage.FIXED else self._calibrated(graph, context)
+
+    def _calibrated(self, graph: Graph, context: PassContext) -> Graph:
+        observer = self.chosen_observer()
+        ranges: dict[Value, Interval] = {}
+        for value in graph.inputs:
+            if isinstance(value.type.element, FloatType):
+                ranges[value] = _observed(value, observer)
+        cut = 0
+        for op in graph.ops:
+            possible = _possible(op, ranges)
+            for place, value in enumerate(op.results):
+                if not isinstance(value.type.element, FloatType):
+                    continue
+                bound = possible[place] if possible else None
+                if isinstance(op, Const) and bound is not None:
+                    ranges[value] = bound
+                    continue
+                observed = _observed(value, observer)
+                # Disjoint only where an observer clipped: the quantized program then gives what the op can give.
+                ranges[value] = (observed.intersect(bound) or bound) if bound is not None else observed
+                cut += ranges[value] != observed
+        context.note(f"{len(ranges)} values ranged by {observer}, {cut} cut to what their op can give")
+        return map_values(graph, lambda v: {"range": ranges[v]} if v in ranges else {}, Stage.RANGED)
+
+    def _proved(self, graph: Graph, context: PassContext) -> Graph:
+        proof = prove(graph)
+        context.diagnostics.extend(proof.diagnostics)
+        context.note(f"{len(proof.bounds)} integer ranges proved")
+        widest = max((_bits(p) for op in graph.ops if (p := _partial(op, proof)) is not None), default=0)
+        if widest:
+            context.note(f"the widest partial sum takes {widest} bits")
+        if not any(_facts(v, proof) for v in graph.values()) and not any(_sums(op, proof) for op in graph.ops):
+            return graph
+        return map_values(graph, lambda v: _facts(v, proof), attributes=lambda op: _sums(op, proof))
+
+
+def _facts(value: Value, proof: Proof) -> Mapping[str, Any]:
+    """The proved range where it differs from the stated one."""
+    proved = proof.interval(value)
+    return {} if proved is None or proved == value.range else {"range": proved}
+
+
+def _partial(op: Op, proof: Proof) -> Interval | None:
+    step = proof.steps.get(op)
+    return step.partial if step is not None and isinstance(op, Accumulating) else None
+
+
+def _sums(op: Op, proof: Proof) -> Mapping[str, Any]:
+    """The proved partial sums where they differ from the stated ones."""
+    proved = _partial(op, proof)
+    return {} if proved is None or proved == getattr(op, "partial", None) else {"partial": proved}
+
+
+def _bits(interval: Interval) -> int:
+    """The bits of the two's complement integer that holds both ends."""
+    return max(int(e).bit_length() if e >= 0 else (~int(e)).bit_length() for e in (interval.lo, interval.hi)) + 1
+
+
+def _observed(value: Value, observer: Observer) -> Interval:
+    if value.histogram is None:
+        raise CalibrationError(f"%{value.name} has no histogram; run calibrate before range-analysis")
+    try:
+        lo, hi = observer.range(Histogram.from_array(value.histogram.data))
+    except CalibrationError as fault:
+        raise CalibrationError(f"%{value.name}: {fault}") from fault
+    return Interval(lo + 0.0, hi + 0.0)
+
+
+def _possible(op: Op, ranges: Mapping[Value, Interval]) -> tuple[Interval, ...] | None:
+    """What an op can give for operands within their ranges, in float32 rounded outward; None where nothing is known."""
+    operands = [ranges.get(v) for v in op.operands]
+    known = [o for o in operands if o is not None]
+    found = op.real_range(known) if len(known) == len(operands) else None
+    return None if found is None else tuple(Interval(_toward(f.lo, -np.inf), _toward(f.hi, np.inf)) for f in found)
+
+
+def _toward(bound: float, end: float) -> float:
+    """The float32 that is `bound`, or its neighbour in the direction of `end`."""
+    rounded = np.float32(bound)
+    if float(rounded) != bound and (float(rounded) < bound) != (end < 0):
+        rounded = np.nextafter(rounded, np.float32(end))
+    return float(rounded) + 0.0
