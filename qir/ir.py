@@ -49,6 +49,11 @@ class Value:
     histogram: Array | None = None
     storage: IntegerType | None = None
 
+    def __post_init__(self) -> None:
+        if self.range is not None and isinstance(self.range.lo, float | np.floating):
+            outward = Interval(*(_outward_float32(float(e), s) for e, s in ((self.range.lo, -1), (self.range.hi, 1))))
+            object.__setattr__(self, "range", outward)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Op:
@@ -169,6 +174,13 @@ def attribute_kinds(op_class: type[Op]) -> Mapping[str, Any]:
 
 def _holds_floats(kind: Any) -> bool:
     return kind is float or any(_holds_floats(k) for k in get_args(kind))
+
+
+def _outward_float32(value: float, sign: int) -> float:
+    """The nearest float32 that is not on the inner side of `value`: the text carries float32."""
+    rounded = as_float32(value)
+    inside = rounded < value if sign > 0 else rounded > value
+    return float(np.nextafter(np.float32(rounded), np.float32(sign * np.inf))) if inside else rounded
 
 
 def as_float32(value: float) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from qir.arrays import Array
 from qir.errors import ParseError, QirError, ResourceError
 from qir.interval import Interval
-from qir.ir import Graph, Op, Stage, Value, attribute_kinds
+from qir.ir import Graph, Op, Stage, Value, as_float32, attribute_kinds
 from qir.ops import OPS
 from qir.printer import DTYPE_WORDS
 from qir.types import (
@@ -356,7 +356,8 @@ class _Parser:
         self.expect(",")
         hi = self.any_number()
         self.expect("]")
-        return self.guarded(token, lambda: Interval(lo, hi))
+        ends = [as_float32(e) if isinstance(e, float) else e for e in (lo, hi)]  # the text is float32's shortest
+        return self.guarded(token, lambda: Interval(*ends))
 
     def array(self) -> Array:
         if self.token.kind == "name":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx
 
 from qir.errors import QirError
@@ -79,8 +80,8 @@ def _settle(
     for place, dim in enumerate(given):
         if dim == BATCH and place == 0:
             dims.append(BATCH)
-        elif isinstance(dim, int) and not isinstance(dim, bool) and dim > 0:
-            dims.append(dim)
+        elif isinstance(dim, int | np.integer) and dim > 0:
+            dims.append(int(dim))
         else:
             raise QirError(
                 f'shapes gives input "{name}" the dimension {dim!r}; it takes positive integers, and N in front'

@@ -56,10 +56,14 @@ def tensor_array(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[A
 
     External data are read from inside `folder` alone. Raises ImportModelError, which names the tensor, otherwise.
     """
+    if any(d < 0 for d in tensor.dims):
+        raise ImportModelError(f'tensor "{tensor.name}" has negative dimensions {list(tensor.dims)}; export it again')
     try:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             return _external_array(tensor, folder)
         array = numpy_helper.to_array(tensor)
+    except OSError as fault:
+        raise ImportModelError(f'tensor "{tensor.name}" cannot be read: {fault}') from fault
     except (KeyError, TypeError, ValueError) as fault:
         raise ImportModelError(f'tensor "{tensor.name}" is malformed: {fault}; export the model again') from fault
     array.flags.writeable = False
@@ -101,7 +105,7 @@ def _inside(folder: Path | None, location: str, name: str) -> Path:
         raise ImportModelError(
             f'tensor "{name}": the file "{location}" is missing in {folder}; copy it beside the model'
         )
-    if outside or not path.resolve().is_relative_to(folder.resolve()):
+    if outside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ImportModelError(
             f'tensor "{name}": "{location}" lies outside the model\'s folder, where nothing is read; '
             f"copy the file into the folder and name it by a relative path"

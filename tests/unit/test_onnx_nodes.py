@@ -31,6 +31,9 @@ LIST = Path(__file__).with_name("onnx_node_coverage.txt")
 # float32 sums taken in another order, and NumPy's exp and tanh: a few units in the last place. ONNX allows 1e-3.
 RELATIVE, ABSOLUTE = 1e-5, 2e-6
 
+FOUR_DECIMALS = "test_averagepool_2d_ceil_last_window_starts_on_pad"
+"""This case states its outputs with four decimals only."""
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -107,12 +110,13 @@ def outcomes() -> tuple[Outcome, ...]:
 
 
 def _mismatches(outcome: Outcome) -> Iterator[str]:
+    absolute = 5e-5 if outcome.name == FOUR_DECIMALS else ABSOLUTE
     for graph, feeds in outcome.graphs:
         found = interpret(graph, feeds)
         for name, wanted in zip(graph.output_names, outcome.expected, strict=True):
             got = found[name]
             same = got.shape == wanted.shape and got.dtype == wanted.dtype
-            if not same or not np.allclose(got, wanted, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
+            if not same or not np.allclose(got, wanted, rtol=RELATIVE, atol=absolute, equal_nan=True):
                 yield f"{outcome.name}: {name}: {got.dtype}{got.shape} differs from {wanted.dtype}{wanted.shape}"
 
 
