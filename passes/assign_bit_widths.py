@@ -46,6 +46,8 @@ class AssignBitWidths(Pass):
             rewriter.keep_input(value, storage=target.activations.storage(activation_bits))
         stored = 0
         for op in graph.ops:
+            if isinstance(op, Const) and _only_parameters(graph, op.result):
+                continue  # each reader gets a constant of its own
             chosen = overrides.get(op)
             if isinstance(op, Conv | MatMul):
                 _own_constants(rewriter, op, target, chosen or weight_bits)
@@ -88,13 +90,21 @@ def _stored(value: Value, storage: IntegerType) -> Value:
     return replace(value, storage=storage) if isinstance(value.type.element, FloatType) else value
 
 
+def _only_parameters(graph: Graph, value: Value) -> bool:
+    """Whether a constant is read as weights or bias and as nothing else."""
+    users = graph.users.get(value, ())
+    return bool(users) and all(isinstance(u, Conv | MatMul) and u.operands[0] is not value for u in users)
+
+
 def _own_constants(rewriter: Rewriter, op: Op, target: Target, weight_bits: int) -> None:
     """Give the op constants of its own as weights and bias: their types follow from this op and no other."""
     weight, bias = op.operands[1], op.optional_operand(2)
     for old, storage in ((weight, target.weights.storage(weight_bits)), (bias, target.accumulator_type)):
-        if old is None or old not in rewriter.graph.constants:
+        data = None if old is None else rewriter.graph.constants.get(old)
+        if old is None or data is None:
             continue
-        new = rewriter.constant(rewriter.graph.constants[old], old.type, name=old.name)
-        owned = replace(new, range=old.range, storage=storage)
-        rewriter.ops[-1] = rewriter.ops[-1].with_changes(results=(owned,))
+        if _only_parameters(rewriter.graph, old):
+            rewriter.claim(old)
+        owned = replace(old, name=rewriter.fresh(old.name), storage=storage)
+        rewriter.ops.append(Const(value=data, results=(owned,)))
         rewriter.set(old, owned)

@@ -61,12 +61,12 @@ def observe(graph: Graph, feeds: Iterable[Feeds], progress: Progress = no_progre
     total = len(feeds) if isinstance(feeds, Sized) else 0
     found: dict[Value, Histogram] = {}
     for number, feed in enumerate(feeds):
-        progress("calibrate", number, total)
         for part in _parts(graph, feed, number):
             with np.errstate(all="ignore"):  # what comes out not finite is reported with its name
                 for value, array in evaluate(graph, part):
                     if value in wanted:
                         found[value] = _observe(value, array, found.get(value), number)
+        progress("calibrate", number + 1, total)
     if not found:
         raise CalibrationError("calibration data is empty: give at least one feed with one sample")
     return Calibration({value.name: histogram for value, histogram in found.items()})
@@ -78,11 +78,10 @@ def apply(graph: Graph, calibration: Calibration) -> Graph:
     Raises CalibrationError, which names the value, where one was not observed.
     """
     wanted = frozenset(_observed(graph))
-    missing = [v.name for v in graph.values() if v in wanted and v.name not in calibration]
-    if missing:
+    missing = next((v.name for v in graph.values() if v in wanted and v.name not in calibration), None)
+    if missing is not None:
         raise CalibrationError(
-            f"the calibration holds nothing for %{missing[0]} and {len(missing) - 1} more values of graph "
-            f"@{graph.name}; observe this very graph"
+            f"the calibration holds nothing for %{missing}; observe graph @{graph.name} as it is here"
         )
 
     def facts(value: Value) -> dict[str, Any]:

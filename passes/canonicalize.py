@@ -55,8 +55,8 @@ class Canonicalize(Pass):
             rewriter.keep_input(value)
         for op in graph.ops:
             rewriter.visit(op)
-        for rule, count in sorted(rewriter.applied.items()):
-            context.note(f"{rule}: {count}")
+        for title, count in sorted(rewriter.applied.items()):
+            context.note(f"{count} {title}")
         return rewriter.finish_graph() if rewriter.applied else graph
 
 

@@ -42,7 +42,8 @@ class FuseBatchNorm(Pass):
         """The fused graph; the same object where there is nothing to fuse."""
         plan = _Plan(graph)
         context.note(f"{len(plan.absorbed)} ops fused into {len(plan.chains)} Conv and MatMul")
-        context.note(f"{len(plan.norms)} BatchNormalization made Mul and Add")
+        if plan.norms:
+            context.note(f"{len(plan.norms)} BatchNormalization made Mul and Add")
         return rewrite(graph, plan.visit) if plan.chains or plan.norms else graph
 
 
@@ -60,9 +61,10 @@ class _Chain:
         """The chain with another op behind it; None where a clip inside keeps them apart."""
         passed = self.clip
         if passed != UNCLIPPED:
-            f, o = float(factor[0]), float(offset[0])
-            if not (f > 0 and (factor == f).all() and (offset == o).all()):
+            steps = set(zip(factor.tolist(), offset.tolist(), strict=True))
+            if len(steps) != 1 or not (factor > 0).all():
                 return None  # channels that differ would each need a clip of their own
+            f, o = steps.pop()
             passed = passed[0] * f + o, passed[1] * f + o
         return _Chain(self.head, self.factor * factor, self.offset * factor + offset, compose(passed, clip), op)
 

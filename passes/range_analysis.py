@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
 from qir.interval import Interval
@@ -117,20 +115,10 @@ def _observed(value: Value, observer: Observer) -> Interval:
         lo, hi = observer.range(Histogram.from_array(value.histogram.data))
     except CalibrationError as fault:
         raise CalibrationError(f"%{value.name}: {fault}") from fault
-    return Interval(lo + 0.0, hi + 0.0)
+    return Interval(lo, hi)
 
 
 def _possible(op: Op, ranges: Mapping[Value, Interval]) -> tuple[Interval, ...] | None:
-    """What an op can give for operands within their ranges, in float32 rounded outward; None where nothing is known."""
-    operands = [ranges.get(v) for v in op.operands]
-    known = [o for o in operands if o is not None]
-    found = op.real_range(known) if len(known) == len(operands) else None
-    return None if found is None else tuple(Interval(_toward(f.lo, -np.inf), _toward(f.hi, np.inf)) for f in found)
-
-
-def _toward(bound: float, end: float) -> float:
-    """The float32 that is `bound`, or its neighbour in the direction of `end`."""
-    rounded = np.float32(bound)
-    if float(rounded) != bound and (float(rounded) < bound) != (end < 0):
-        rounded = np.nextafter(rounded, np.float32(end))
-    return float(rounded) + 0.0
+    """What an op can give for operands within their ranges; None where nothing is known."""
+    known = [ranges[v] for v in op.operands if v in ranges]
+    return op.real_range(known) if len(known) == len(op.operands) else None

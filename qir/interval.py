@@ -90,7 +90,7 @@ class Bounds:
 
     def clamp(self, lo: int, hi: int) -> Bounds:
         """The image under saturation to [lo, hi]."""
-        return Bounds(np.clip(self.lo, lo, hi), np.clip(self.hi, lo, hi))
+        return Bounds(exact(np.clip(self.lo, lo, hi)), exact(np.clip(self.hi, lo, hi)))  # a 0-d clip gives an int
 
     def shifted(self, offset: npt.ArrayLike) -> Bounds:
         """The image under adding `offset`, a scalar or one value per channel."""

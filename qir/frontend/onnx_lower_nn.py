@@ -28,8 +28,8 @@ def spatial_sizes(value: Value) -> tuple[int, ...]:
     return tuple(known_dim(d, "a spatial dimension") for d in shape[2:])
 
 
-def window_attributes(node: Node, sizes: Sequence[int], kernel: Sequence[int]) -> tuple[dict[str, Any], bool]:
-    """Strides, explicit pads and dilations, and whether the padding was automatic."""
+def window_attributes(node: Node, sizes: Sequence[int], kernel: Sequence[int]) -> dict[str, Any]:
+    """Strides, explicit pads and dilations."""
     ones = (1,) * len(sizes)
     strides, dilations = node.integers("strides", ones), node.integers("dilations", ones)
     pads = node.integers("pads", (0,) * (2 * len(sizes)))
@@ -47,7 +47,7 @@ def window_attributes(node: Node, sizes: Sequence[int], kernel: Sequence[int]) -
         totals = [max((-(-n // s) - 1) * s + e - n, 0) for n, s, e in zip(sizes, strides, extents, strict=True)]
         small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
         pads = (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
-    return {"strides": strides, "pads": pads, "dilations": dilations}, mode != "NOTSET"
+    return {"strides": strides, "pads": pads, "dilations": dilations}
 
 
 def lower_conv(node: Node) -> Known:
@@ -60,7 +60,7 @@ def lower_conv(node: Node) -> Known:
     stated = node.integers("kernel_shape", kernel)
     if stated != kernel:
         raise QirError(f"its kernel_shape is {list(stated)}, its weight's is {list(kernel)}")
-    window, _ = window_attributes(node, sizes, kernel)
+    window = window_attributes(node, sizes, kernel)
     operands = [source, weight, *([node.value(2)] if node.has(2) else [])]
     return node.emit(Conv, operands, groups=node.number("group"), **window)
 
@@ -167,21 +167,28 @@ def lower_max_pool(node: Node) -> Known:
     """MaxPool without indices."""
     if node.is_read(1):
         raise QirError("its second output, the indices, is not supported; remove what reads it")
-    value = node.value(0)
-    kernel = node.integers("kernel_shape", ())
-    window, automatic = window_attributes(node, spatial_sizes(value), kernel)
-    ceil_mode = bool(node.attribute("ceil_mode")) and not automatic
-    return node.emit(MaxPool, [value], kernel=kernel, ceil_mode=ceil_mode, **window)
+    return node.emit(MaxPool, [node.value(0)], **_pool_attributes(node))
 
 
 def lower_average_pool(node: Node) -> Known:
     """AveragePool."""
-    value = node.value(0)
-    kernel = node.integers("kernel_shape", ())
-    window, automatic = window_attributes(node, spatial_sizes(value), kernel)
-    ceil_mode = bool(node.attribute("ceil_mode")) and not automatic
     include = bool(node.number("count_include_pad"))
-    return node.emit(AveragePool, [value], kernel=kernel, ceil_mode=ceil_mode, count_include_pad=include, **window)
+    return node.emit(AveragePool, [node.value(0)], count_include_pad=include, **_pool_attributes(node))
+
+
+def _pool_attributes(node: Node) -> dict[str, Any]:
+    """The window of a pool. Raises QirError for automatic padding that runtimes read in different ways."""
+    sizes, kernel = spatial_sizes(node.value(0)), node.integers("kernel_shape", ())
+    window = window_attributes(node, sizes, kernel)
+    mode, ceil_mode = node.number("auto_pad"), bool(node.attribute("ceil_mode"))
+    for size, length, stride, dilation in zip(sizes, kernel, window["strides"], window["dilations"], strict=True):
+        room = size - (length - 1) * dilation - 1
+        # ONNX Runtime leaves dilations out of SAME, and crops where a stride leaps over elements at the end; it rounds
+        # VALID up in ceil mode, which ONNX's own formula does not.
+        same = mode.startswith("SAME") and (dilation > 1 or (-(-size // stride) - 1) * stride < room)
+        if same or (mode == "VALID" and ceil_mode and room % stride):
+            raise QirError(f"runtimes read its auto_pad {mode} in different ways for this window; write its pads out")
+    return window | {"kernel": kernel, "ceil_mode": ceil_mode and mode == "NOTSET"}
 
 
 def lower_global_max_pool(node: Node) -> Known:

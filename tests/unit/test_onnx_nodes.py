@@ -110,7 +110,7 @@ def outcomes() -> tuple[Outcome, ...]:
 
 
 def _mismatches(outcome: Outcome) -> Iterator[str]:
-    absolute = 5e-5 if outcome.name == FOUR_DECIMALS else ABSOLUTE
+    absolute = 1e-4 if outcome.name == FOUR_DECIMALS else ABSOLUTE
     for graph, feeds in outcome.graphs:
         found = interpret(graph, feeds)
         for name, wanted in zip(graph.output_names, outcome.expected, strict=True):
