@@ -19,7 +19,7 @@ from qir.ops.float_pool import AveragePool, ReduceMean
 from qir.ops.movement import Concat, Pad, Reshape, Slice, Transpose
 from qir.pass_manager import Pass, PassContext
 from qir.passes.fuse_activation import UNCLIPPED, clip_of, compose
-from qir.rewrite import Rewriter
+from qir.rewrite import Rewriter, live_ops
 from qir.types import F32, TensorType
 
 #: What a rule makes of an op: an op in its place, a value that is there already, or None where it does not apply.
@@ -41,7 +41,7 @@ class Canonicalize(Pass):
     - A Pad with zeros goes into the Conv behind it. An AveragePool over the whole map is a ReduceMean.
     - `clip(x + 3, 0, 6) / 6` is HardSigmoid, and x times it, in any order, HardSwish.
 
-    What loses its last reader is left to eliminate-dead-code.
+    Ops that no output depends on are dropped, so that fusion finds the values that only one op reads.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -57,7 +57,12 @@ class Canonicalize(Pass):
             rewriter.visit(op)
         for title, count in sorted(rewriter.applied.items()):
             context.note(f"{count} {title}")
-        return rewriter.finish_graph() if rewriter.applied else graph
+        after = rewriter.finish_graph() if rewriter.applied else graph
+        live = live_ops(after)
+        if len(live) < len(after.ops):
+            context.note(f"{len(after.ops) - len(live)} ops dropped")
+            after = after.with_changes(ops=tuple(live))
+        return after
 
 
 class _Canonicalizer(Rewriter):
@@ -113,11 +118,14 @@ class _Canonicalizer(Rewriter):
         return float(data.reshape(-1)[0]) if data is not None and data.size == 1 else None
 
     def number(self, data: Tensor, name: str) -> Value:
-        """A new float constant."""
+        """A float constant, new unless one of the same data stands already."""
         array = Array(np.asarray(data, np.float32), name)
-        value = self.constant(array, TensorType(array.shape, F32), name)
-        self._makers[value] = self.ops[-1]
-        return value
+        kind = TensorType(array.shape, F32)
+        key = _content(Const(results=(Value(name, kind),), value=array))
+        if key not in self._seen:
+            value = self.constant(array, kind, name)
+            self._makers[value] = self._seen[key] = self.ops[-1]
+        return self._seen[key].result
 
 
 def _content(op: Op) -> object:

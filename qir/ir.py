@@ -263,7 +263,8 @@ class Graph:
         return print_graph(self)
 
     def to_networkx(self) -> networkx.MultiDiGraph[str]:
-        """A view for algorithms and drawings: nodes are inputs, ops and outputs, edges carry value name and type (shape and storage).
+        """A view for algorithms and drawings: nodes are inputs, ops and outputs, edges carry value name
+        and type (shape and storage).
 
         Node keys are `%name` of the first result (inputs likewise) and `return name` for outputs; nodes are inserted
         in program order, with the attributes `kind`, `label` and `location`.

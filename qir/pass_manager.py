@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from qir.calibration import Calibration
 from qir.errors import Diagnostic, PassError, QirError
 from qir.interpreter import interpret
 from qir.ir import Graph, Stage
@@ -38,11 +39,11 @@ def no_progress(task: str, done: int, total: int) -> None:
 class PassContext:
     """What passes may read and report to: the target, calibration feeds, diagnostics, notes and progress.
 
-    `calibration` is any iterable of feeds; it is walked once, by the pass that observes it.
+    `calibration` is any iterable of feeds, walked once by the pass that observes it, or what was observed already.
     """
 
     target: Target | None = None
-    calibration: Iterable[Feeds] | None = None
+    calibration: Iterable[Feeds] | Calibration | None = None
     progress: Progress = no_progress
     diagnostics: list[Diagnostic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

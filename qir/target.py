@@ -88,7 +88,7 @@ class InputQuantization:
 
 @dataclass(frozen=True)
 class Costs:
-    """Relative costs: `mac` maps bits of weight and activation, such as `"8x8"`, to the cost of a multiply-accumulate."""
+    """Relative costs: `mac` maps bits of weight and activation, such as `"8x8"`, to that of a multiply-accumulate."""
 
     mac: Mapping[str, float]
 

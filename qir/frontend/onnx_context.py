@@ -16,7 +16,6 @@ from qir.errors import QirError, RewriteError
 from qir.frontend.onnx_batch import BatchMultiple
 from qir.frontend.onnx_model import tensor_array
 from qir.ir import Op, Value
-from qir.opdef import normalize_axis
 from qir.ops.movement import Reshape
 from qir.rewrite import GraphBuilder
 from qir.types import BATCH, F32, Dim, ElementType, Shape, TensorType, integer, shape_text
@@ -212,10 +211,6 @@ class Node:
             )
         sizes = tuple(d for d in shape if isinstance(d, int))
         return self.emit(Reshape, [value], name=name, shape=sizes)
-
-    def axis(self, axis: int, rank: int) -> int:
-        """A non-negative axis. Raises QirError when it is outside the rank."""
-        return normalize_axis(axis, rank)
 
 
 def plain(dim: int | BatchMultiple, what: str) -> int:

@@ -18,6 +18,7 @@ from qir.errors import QirError
 from qir.frontend.onnx_batch import BatchMultiple, as_objects, equal, objects, settle
 from qir.frontend.onnx_context import Node, Tensor
 from qir.ir import Value
+from qir.opdef import normalize_axis
 
 # Random; or lowered, whether or not their inputs are known. (The reference lacks the flattening of the older Softmax.)
 _UNFOLDED: Final = frozenset({"Bernoulli", "Multinomial", "Constant", "Dropout", "Shape", "Size", "Softmax"})
@@ -109,7 +110,7 @@ def _cast(node: Node) -> Tensor:
 
 def _axes(node: Node, rank: int, since: int = 13) -> tuple[int, ...]:
     axes = node.whole(1, "axes") if node.opset >= since and node.has(1) else node.integers("axes", range(rank))
-    return tuple(node.axis(a, rank) for a in axes)
+    return tuple(normalize_axis(a, rank) for a in axes)
 
 
 def _squeeze(node: Node) -> Tensor:
@@ -122,12 +123,12 @@ def _unsqueeze(node: Node) -> Tensor:
     data = _symbols(node, 0)
     axes = node.whole(1, "axes") if node.opset >= 13 else node.integers("axes", ())
     rank = data.ndim + len(axes)
-    return np.expand_dims(data, tuple(node.axis(a, rank) for a in axes))
+    return np.expand_dims(data, tuple(normalize_axis(a, rank) for a in axes))
 
 
 def _gather(node: Node) -> Tensor:
     data, indices = _symbols(node, 0), node.data(1, "indices")
-    axis = node.axis(node.number("axis"), data.ndim)
+    axis = normalize_axis(node.number("axis"), data.ndim)
     size = data.shape[axis]
     if indices.dtype == object or (indices.size and not -size <= int(indices.min()) <= int(indices.max()) < size):
         raise QirError(f"its indices are outside an axis of {size} elements")
@@ -152,7 +153,7 @@ def slice_index(node: Node, shape: tuple[int, ...]) -> tuple[slice, ...]:
         raise QirError("its starts, ends, axes and steps must be equally long, and no step 0")
     index = [slice(None)] * len(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        place = node.axis(axis, len(shape))
+        place = normalize_axis(axis, len(shape))
         # Counting down, ONNX clamps a start below the front to the front, and an end below it to "past the first".
         if step < 0 and start < -shape[place]:
             start = 0

@@ -11,6 +11,7 @@ import onnx
 from qir.errors import QirError
 from qir.frontend.onnx_context import Known, Node, element_type, sample_size
 from qir.ir import Op
+from qir.opdef import normalize_axis
 from qir.ops.float_elementwise import Add, Cast, Clip, HardSigmoid, LeakyRelu, PRelu
 from qir.ops.float_pool import ArgMax, Softmax
 from qir.types import BATCH, IntegerType, shape_text
@@ -74,7 +75,7 @@ def lower_softmax(node: Node) -> Known:
     """Softmax along one axis; before opset 13, along all axes from `axis` on, taken as one."""
     value = node.value(0)
     shape = value.type.shape
-    axis = node.axis(node.number("axis"), len(shape))
+    axis = normalize_axis(node.number("axis"), len(shape))
     if node.opset >= 13 or axis == len(shape) - 1:
         return node.emit(Softmax, [value], axis=axis)
     if BATCH in shape[axis:]:
@@ -86,7 +87,7 @@ def lower_softmax(node: Node) -> Known:
 def lower_arg_max(node: Node) -> Known:
     """ArgMax."""
     value = node.value(0)
-    axis = node.axis(node.number("axis"), value.type.rank)
+    axis = normalize_axis(node.number("axis"), value.type.rank)
     last = bool(node.attribute("select_last_index"))
     return node.emit(ArgMax, [value], axis=axis, keepdims=bool(node.number("keepdims")), select_last_index=last)
 

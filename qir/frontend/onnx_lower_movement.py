@@ -13,7 +13,7 @@ from qir.frontend.onnx_batch import settle, shape_array, size_of, to_dims
 from qir.frontend.onnx_context import Known, Node, sample_size
 from qir.frontend.onnx_fold import slice_index
 from qir.ir import Value
-from qir.opdef import known_dim
+from qir.opdef import known_dim, normalize_axis
 from qir.ops.movement import Concat, Gather, Pad, Slice, Transpose
 from qir.types import BATCH, Dim, Shape, shape_text
 
@@ -43,7 +43,7 @@ def lower_reshape(node: Node) -> Known:
     target = list(to_dims(node.dims(1, "shape")))
     if not node.attribute("allowzero"):
         if any(d == 0 and i >= value.type.rank for i, d in enumerate(target)):
-            raise QirError(f"its shape {shape_text(tuple(target))} copies a dimension that the input lacks")
+            raise QirError(f"its shape {target} copies a dimension that the input lacks")
         target = [value.type.shape[i] if d == 0 else d for i, d in enumerate(target)]
     return node.reshape(value, _resolved(value.type.shape, target))
 
@@ -51,7 +51,7 @@ def lower_reshape(node: Node) -> Known:
 def _resolved(source: Shape, target: list[Dim]) -> Shape:
     """The target shape with -1 replaced by what is left. Raises QirError when nothing fits."""
     if target.count(-1) > 1 or any(isinstance(d, int) and d < -1 for d in target):
-        raise QirError(f"its shape {shape_text(tuple(target))} holds more than one -1, or a negative size")
+        raise QirError(f"its shape {target} holds more than one -1, or a negative size")
     if -1 not in target:
         return tuple(target)
     place = target.index(-1)
@@ -62,11 +62,10 @@ def _resolved(source: Shape, target: list[Dim]) -> Shape:
         if place == 0 and left == size:
             return (BATCH, *rest)
         raise QirError(
-            f"its shape {shape_text(tuple(target))} takes the open batch N of {shape_text(source)} apart; "
-            f"fix the batch size with shapes"
+            f"its shape {target} takes the open batch N of {shape_text(source)} apart; fix the batch size with shapes"
         )
     if not left or size % left:
-        raise QirError(f"cannot reshape {shape_text(source)} to {shape_text(tuple(target))}: the element counts differ")
+        raise QirError(f"cannot reshape {shape_text(source)} to {target}: the element counts differ")
     return tuple(size // left if d == -1 else d for d in target)
 
 
@@ -92,7 +91,7 @@ def lower_squeeze(node: Node) -> Known:
     value = node.value(0)
     shape = value.type.shape
     stated = node.whole(1, "axes") if node.opset >= 13 and node.has(1) else node.integers("axes", ())
-    axes = [node.axis(a, len(shape)) for a in stated] or [i for i, d in enumerate(shape) if d == 1]
+    axes = [normalize_axis(a, len(shape)) for a in stated] or [i for i, d in enumerate(shape) if d == 1]
     if any(shape[a] != 1 for a in axes):
         raise QirError(f"its axes {axes} of {shape_text(shape)} are not all of size 1")
     return node.reshape(value, [d for i, d in enumerate(shape) if i not in axes])
@@ -103,7 +102,7 @@ def lower_unsqueeze(node: Node) -> Known:
     value = node.value(0)
     stated = node.whole(1, "axes") if node.opset >= 13 else node.integers("axes", ())
     rank = value.type.rank + len(stated)
-    axes = {node.axis(a, rank) for a in stated}
+    axes = {normalize_axis(a, rank) for a in stated}
     if len(axes) != len(stated):
         raise QirError(f"its axes {list(stated)} repeat")
     dims = iter(value.type.shape)
@@ -124,13 +123,13 @@ def lower_concat(node: Node) -> Known:
     values = [node.value(i) for i in range(len(node.proto.input))]
     if len(values) == 1:
         return values[0]
-    return node.emit(Concat, values, axis=node.axis(node.number("axis"), values[0].type.rank))
+    return node.emit(Concat, values, axis=normalize_axis(node.number("axis"), values[0].type.rank))
 
 
 def lower_split(node: Node) -> tuple[Known | None, ...]:
     """Split as one Slice for each output that is read."""
     value = node.value(0)
-    axis = node.axis(node.number("axis"), value.type.rank)
+    axis = normalize_axis(node.number("axis"), value.type.rank)
     size = known_dim(value.type.shape[axis], "the axis of a split")
     count = node.attribute("num_outputs") or len(node.proto.output)
     if node.opset >= 13 and node.has(1):
@@ -176,7 +175,7 @@ def lower_slice(node: Node) -> Known:
 def lower_gather(node: Node) -> Known:
     """Gather by indices known at import, counted from the front."""
     value, indices = node.value(0), node.data(1, "indices")
-    axis = node.axis(node.number("axis"), value.type.rank)
+    axis = normalize_axis(node.number("axis"), value.type.rank)
     size = known_dim(value.type.shape[axis], "the axis of a gather")
     if indices.dtype == object:
         raise QirError("its indices depend on the open batch N; fix the batch size with shapes")
@@ -213,8 +212,8 @@ def _pads(node: Node, rank: int) -> tuple[list[int], list[int]]:
         raise QirError(f"it has {len(stated)} pads for {len(axes)} axes; it takes two each")
     begins, ends = [0] * rank, [0] * rank
     for place, axis in enumerate(axes):
-        begins[node.axis(axis, rank)] = stated[place]
-        ends[node.axis(axis, rank)] = stated[place + len(axes)]
+        begins[normalize_axis(axis, rank)] = stated[place]
+        ends[normalize_axis(axis, rank)] = stated[place + len(axes)]
     return begins, ends
 
 

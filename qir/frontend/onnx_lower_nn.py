@@ -10,7 +10,7 @@ import numpy as np
 from qir.errors import QirError
 from qir.frontend.onnx_context import Known, Node, Tensor
 from qir.ir import Value
-from qir.opdef import known_dim
+from qir.opdef import known_dim, normalize_axis
 from qir.ops.float_elementwise import Add, Mul
 from qir.ops.float_nn import BatchNormalization, Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, ReduceMean
@@ -217,5 +217,5 @@ def lower_reduce_mean(node: Node) -> Known:
         stated = node.whole(1, "axes")
     if not len(stated) and node.attribute("noop_with_empty_axes"):
         return value
-    axes = tuple(sorted(node.axis(int(a), value.type.rank) for a in stated)) or tuple(range(value.type.rank))
+    axes = tuple(sorted(normalize_axis(int(a), value.type.rank) for a in stated)) or tuple(range(value.type.rank))
     return node.emit(ReduceMean, [value], axes=axes, keepdims=bool(node.number("keepdims")))

@@ -79,13 +79,22 @@ def clip_array(x: Tensor, lo: float, hi: float, out: Tensor | None = None) -> Te
     return x
 
 
-def outward(lo: float, hi: float) -> Ranges | None:
-    """The interval widened to cover the rounding of a few float32 operations; None where it would be infinite."""
-    # Two units in the last place on each side; each bound is computed in float64, far more exactly than float32.
-    slack = 2.0**-22
-    low, high = lo - abs(lo) * slack, hi + abs(hi) * slack
-    largest = float(np.finfo(np.float32).max)
-    return (Interval(low, high),) if -largest <= low <= high <= largest else None
+def outward(lo: float, hi: float, roundings: int = 1) -> Ranges | None:
+    """The interval that float32 results lie in when the exact ones lie in [lo, hi]; None where it would be infinite.
+
+    The computation rounds `roundings` times and is monotone, so each end is off by that many half units in the last
+    place at most, relative to itself: 0 stays 0.
+    """
+    low, high = (_nudged(lo, -math.inf, roundings), _nudged(hi, math.inf, roundings))
+    return (Interval(low, high),) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _nudged(end: float, direction: float, roundings: int) -> float:
+    if end == 0 or not math.isfinite(end):
+        return end
+    stretched = end + math.copysign(abs(end) * (roundings - 1) * 2.0**-24, direction)
+    with np.errstate(over="ignore"):
+        return float(np.nextafter(np.float32(stretched), np.float32(direction)))
 
 
 def products(a: Interval, b: Interval) -> list[float]:

@@ -210,8 +210,11 @@ class HardSwish(_Unary):
         """The function falls to -3/8 at -3/2 and rises from there."""
         lo, hi = float(operands[0].lo), float(operands[0].hi)
         ends = [x * min(max(x / 6 + 0.5, 0.0), 1.0) for x in (lo, hi, *((-1.5,) if lo < -1.5 < hi else ()))]
-        # Left of -3 the true value is 0; just right of it x/6 + 1/2 cancels, hence an absolute hair.
-        return outward(min(ends) - 2.0**-20, max(ends) + 2.0**-20)
+        # Just right of -3, x / 6 + 1/2 cancels: the error there is absolute. It never changes the sign.
+        hair = 2.0**-20
+        low = min(ends) - hair if lo < 0 else min(ends)
+        high = min(max(ends) + hair, 0.0) if hi < 0 else max(ends)
+        return outward(low, high, 4)
 
     def compute(self, *arrays: Tensor) -> Tensor:
         """The definition."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class AveragePool(_Pool):
         source = operands[0]
         if self.count_include_pad and any(self.pads):
             source = source.hull(Interval(0.0, 0.0))
-        return outward(source.lo, source.hi)
+        return outward(source.lo, source.hi, math.prod(self.kernel) + 1)
 
     def compute(self, *arrays: Tensor) -> Tensor:
         """The sum over the taps by their number; what ceil mode adds beyond the stated padding never counts."""
@@ -98,8 +99,8 @@ class ReduceMean(FloatOp):
         return outward(operands[0].lo, operands[0].hi)
 
     def compute(self, *arrays: Tensor) -> Tensor:
-        """NumPy's mean."""
-        return np.asarray(np.mean(arrays[0], axis=self.axes, keepdims=self.keepdims, dtype=np.float32))
+        """NumPy's mean, summed in float64, so that it is as exact over a million elements as over two."""
+        return np.asarray(np.mean(arrays[0], axis=self.axes, keepdims=self.keepdims, dtype=np.float64), np.float32)
 
 
 def _reducible(shape: Shape, axis: int) -> int:
