@@ -127,8 +127,7 @@ if not TYPE_CHECKING:  # a type checker must see that other names do not exist
     def __getattr__(name: str) -> object:
         if name not in _LATE:
             raise AttributeError(f"module 'qir' has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
-        return value
+        return getattr(importlib.import_module(_LATE[name]), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -231,18 +231,29 @@ def softmax(x: Integers, parameters: SoftmaxParameters) -> Integers:
         raise FixedPointError(
             f"softmax over {x.shape[-1]} elements overflows 32 bits; it takes {SOFTMAX_ROW_LIMIT - 1}"
         )
-    difference = x - x.max(axis=-1, keepdims=True)
+    exponential = softmax_exponentials(x - x.max(axis=-1, keepdims=True), parameters)
+    reciprocal, shift = softmax_reciprocal(softmax_terms(exponential).sum(axis=-1, keepdims=True))
+    ratio = rounding_divide_by_pot(saturating_rounding_doubling_high_mul(reciprocal, exponential), shift)
+    return saturate(ratio + INT8_MIN, INT8_MIN, INT8_MAX)
+
+
+def softmax_exponentials(difference: Integers, parameters: SoftmaxParameters) -> Integers:
+    """Exp of the distance from the row's maximum in Q0.31; 0 for what is too far below it to count."""
     counted = difference >= parameters.diff_min
-    scaled = multiply_by_quantized_multiplier(
-        np.where(counted, difference, 0), parameters.multiplier, parameters.left_shift
-    )
-    exponential = exp_on_negative_values(scaled, _SOFTMAX_BITS)
-    total = np.where(counted, rounding_divide_by_pot(exponential, _SUM_BITS), 0).sum(axis=-1, keepdims=True)
+    inside = np.where(counted, difference, 0)
+    scaled = multiply_by_quantized_multiplier(inside, parameters.multiplier, parameters.left_shift)
+    return np.where(counted, exp_on_negative_values(scaled, _SOFTMAX_BITS), 0)
+
+
+def softmax_terms(exponential: Integers) -> Integers:
+    """What an exponential adds to the sum of its row, in Q12.19."""
+    return rounding_divide_by_pot(exponential, _SUM_BITS)
+
+
+def softmax_reciprocal(total: Integers) -> tuple[Integers, Integers]:
+    """1 / the sum of a row as a Q0.31 factor, and the right shift that brings its products to the scale 1/256."""
     length = np.frexp(total.astype(np.float64))[1].astype(np.int64)
-    reciprocal = one_over_one_plus_x((total << (32 - length)) - (1 << 31))
-    product = saturating_rounding_doubling_high_mul(reciprocal, exponential)
-    ratio = rounding_divide_by_pot(product, length - (32 - _SUM_BITS) + (31 - 8))
-    return np.where(counted, saturate(ratio + INT8_MIN, INT8_MIN, INT8_MAX), INT8_MIN)
+    return one_over_one_plus_x((total << (32 - length)) - (1 << 31)), length - (32 - _SUM_BITS) + (31 - 8)
 
 
 def logistic(x: Integers, zero_point: int, parameters: SigmoidParameters) -> Integers:

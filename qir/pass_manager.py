@@ -145,7 +145,7 @@ class Verifier:
 
 @dataclass
 class Dump:
-    """Writes `NN_pass-name.qir` with its sidecar into a folder after each pass."""
+    """Writes `NN_pass-name.qir`, counted from 1, with its sidecar into a folder after each pass."""
 
     folder: Path
 
@@ -156,7 +156,7 @@ class Dump:
             raise QirError(
                 f"cannot write IR dumps to {self.folder}: {fault.strerror}; choose another folder"
             ) from fault
-        write_graph(record.after, self.folder / f"{index:02d}_{record.name}.qir")
+        write_graph(record.after, self.folder / f"{index + 1:02d}_{record.name}.qir")
 
 
 @dataclass

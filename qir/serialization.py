@@ -52,11 +52,11 @@ def _umask() -> int:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that takes the place of `path` only when the block succeeds.
 
-    An existing folder is replaced only when it is empty or was written by qir (it holds a `.qir` text); anything else
+    An existing folder is replaced only when nothing is in it, at any depth, but files that qir writes; anything else
     there is an error, as is a parent that cannot be written.
     """
     if path.exists() and not _replaceable(path):
-        raise QirError(f"{path} exists and holds no qir output; choose another output folder or remove it")
+        raise QirError(f"{path} exists and holds more than qir output; choose another output folder or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -75,7 +75,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _replaceable(path: Path) -> bool:
-    return path.is_dir() and (not any(path.iterdir()) or any(path.glob("*.qir")))
+    if not path.is_dir() or path.is_symlink():
+        return False
+    return all(p.is_dir() or p.suffix in (".qir", ".safetensors") for p in path.rglob("*"))
 
 
 def sidecar_name(graph: Graph) -> str:

@@ -16,13 +16,14 @@ from qir.arrays import Array
 from qir.backends.kernels import elementwise, linear
 from qir.backends.kernels.scalars import FORMS, ROUNDINGS
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.integer_functions import softmax_exponentials, softmax_reciprocal, softmax_terms
 from qir.interpreter import evaluate_op
 from qir.ir import Op, Value
 from qir.opdef import Window
 from qir.ops.accumulate import centre
-from qir.ops.fixed_elementwise import Elementwise, FixedAdd, FixedMul, FixedSub, Table
-from qir.ops.fixed_linear import Conv2d, FixedMatMul
-from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool
+from qir.ops.fixed_elementwise import Elementwise, FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
+from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
+from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
 from qir.ops.fixed_rescale import Requantize
 from qir.ops.movement import Movement
 from qir.types import IntegerType, TensorType, storage_of, zero_array
@@ -237,10 +238,10 @@ def _fused(op: Op, constants: dict[Value, Array], following: Requantize) -> Kern
     if single is None or single.name == "interpreter":
         return None
     rescale = _Rescale(following)
-    if isinstance(op, FixedMatMul):
-        return None
     dtype = _accumulator_dtype(op)
     assert dtype is not None
+    if isinstance(op, FixedMatMul):
+        return _fused_matmul(op, single, rescale, dtype)
     convolution = _Convolution(op, constants, dtype)
     acc = np.empty(op.result.type.concrete(1)[1:], dtype)
 
@@ -250,6 +251,20 @@ def _fused(op: Op, constants: dict[Value, Array], following: Requantize) -> Kern
             rescale.rows(acc, out)
 
     return Kernel(f"{convolution.name}+requantize_{following.form}", run)
+
+
+def _fused_matmul(op: FixedMatMul, single: Kernel, rescale: _Rescale, dtype: type[np.signedinteger[Any]]) -> Kernel:
+    """The accumulators of a batch stay in one buffer, made anew when the batch changes."""
+    buffer = np.empty(0, dtype)
+
+    def run(inputs: Sequence[Tensor], output: Tensor) -> None:
+        nonlocal buffer
+        if buffer.shape != output.shape:
+            buffer = np.empty(output.shape, dtype)
+        single.run(inputs, buffer)
+        rescale.rows(buffer, output)
+
+    return Kernel(f"{single.name}+requantize", run)
 
 
 # Everything else
@@ -270,6 +285,66 @@ def _elementwise(op: Op, constants: dict[Value, Array]) -> Kernel | None:
         function(inputs[0], inputs[1], *numbers, out=output, casting="unsafe")
 
     return Kernel(op.mnemonic, run)
+
+
+def _divide(op: Op, constants: dict[Value, Array]) -> Kernel | None:
+    assert isinstance(op, FixedDiv)
+    zeros = [zero_array(v.type.element) for v in (*op.operands, op.result)]
+    idle = op.overflow in (Overflow.SATURATE, Overflow.NONE)
+    widest = max(_storage(v.type).bits for v in op.operands) + 1
+    if not idle or any(z.ndim for z in zeros) or op.shift > 31 or widest + max(31, 31 - op.shift) > 62:
+        return None
+    numbers = (int(zeros[0]), int(zeros[1]), op.multiplier, 31 - op.shift, int(zeros[2]))
+
+    def run(inputs: Sequence[Tensor], output: Tensor) -> None:
+        elementwise.divide(*inputs, *numbers, op.storage.lo, op.storage.hi, out=output, casting="unsafe")
+
+    return Kernel("div", run)
+
+
+def _softmax(op: Op, constants: dict[Value, Array]) -> Kernel:
+    assert isinstance(op, FixedSoftmax)
+    distances = -np.arange(256, dtype=np.int64)
+    exponentials = softmax_exponentials(distances, op.parameters)
+    terms = softmax_terms(exponentials)
+
+    def run(inputs: Sequence[Tensor], output: Tensor) -> None:
+        x = inputs[0].reshape(-1, output.shape[-1])
+        greatest, totals = np.empty(len(x), np.int64), np.empty(len(x), np.int64)
+        if x.size == 0:
+            return
+        elementwise.softmax_sums(x, terms, greatest, totals)
+        reciprocals, shifts = softmax_reciprocal(totals)
+        elementwise.softmax_rows(x, exponentials, greatest, reciprocals, shifts, output.reshape(x.shape))
+
+    return Kernel("softmax", run)
+
+
+def _reduce_sum(op: Op, constants: dict[Value, Array]) -> Kernel | None:
+    assert isinstance(op, ReduceSum)
+    wraps = op.overflow is Overflow.WRAP and op.accumulator.bits == op.accumulator.dtype.itemsize * 8
+    if not (wraps or op.overflow is Overflow.NONE) or zero_array(op.operands[0].type.element).ndim:
+        return None
+    offset = int(zero_array(op.operands[0].type.element)) * op.count
+    whole = op.accumulator.dtype
+
+    def run(inputs: Sequence[Tensor], output: Tensor) -> None:
+        np.sum(inputs[0], axis=op.axes, dtype=whole, keepdims=op.keepdims, out=output)
+        np.subtract(output, np.int64(offset), out=output, casting="unsafe")
+
+    return Kernel("reduce_sum", run)
+
+
+def _argmax(op: Op, constants: dict[Value, Array]) -> Kernel | None:
+    assert isinstance(op, FixedArgMax)
+
+    def run(inputs: Sequence[Tensor], output: Tensor) -> None:
+        shape = inputs[0].shape
+        outer, inner = (int(np.prod(s, dtype=np.int64)) for s in (shape[: op.axis], shape[op.axis + 1 :]))
+        rows = inputs[0].reshape(outer, shape[op.axis], inner)
+        elementwise.arg_max(rows, op.select_last_index, output.reshape(outer, inner))
+
+    return Kernel("argmax", run) if op.operands[0].type.shape[op.axis] != 0 else None
 
 
 def _table(op: Op, constants: dict[Value, Array]) -> Kernel | None:
@@ -309,7 +384,11 @@ _RULES: tuple[tuple[Any, Callable[[Op, dict[Value, Array]], Kernel | None]], ...
     (Conv2d, _conv),
     (FixedMatMul, _matmul),
     (Requantize, _requantize),
+    (FixedDiv, _divide),
     (Elementwise, _elementwise),
+    (FixedSoftmax, _softmax),
+    (ReduceSum, _reduce_sum),
+    (FixedArgMax, _argmax),
     (Table, _table),
     ((FixedMaxPool, FixedAveragePool), _pool),
     (Movement, _movement),

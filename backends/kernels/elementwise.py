@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, vectorize
 
+from qir.backends.kernels.scalars import HALF_AWAY, round_shift
+
 _PAIR = ["int64(int64, int64, int64, int64, int64, int64)"]
 
 
@@ -82,3 +84,52 @@ def average_pool(x, kernel, strides, pads, dilations, sums, out):
                 for c in range(sums.shape[0]):
                     magnitude = (2 * abs(sums[c]) + count) // (2 * count)
                     out[n, i, j, c] = magnitude if sums[c] >= 0 else -magnitude
+
+
+@njit(nogil=True, cache=True)
+def softmax_sums(x, terms, greatest, totals):
+    """The greatest element of each row [R, C] and the sum of `terms`, indexed by the distance from it."""
+    for r in range(x.shape[0]):
+        top = np.int64(x[r, 0])
+        for c in range(1, x.shape[1]):
+            top = max(top, np.int64(x[r, c]))
+        total = np.int64(0)
+        for c in range(x.shape[1]):
+            total += terms[top - x[r, c]]
+        greatest[r], totals[r] = top, total
+
+
+@njit(nogil=True, cache=True)
+def softmax_rows(x, exponentials, greatest, reciprocals, shifts, out):
+    """Each exponential times its row's reciprocal, rounded twice as `double_round` does, less 128."""
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            high = (reciprocals[r] * exponentials[greatest[r] - x[r, c]] + (1 << 30)) >> 31
+            value = round_shift(high, shifts[r], HALF_AWAY) - 128
+            out[r, c] = min(max(value, -128), 127)
+
+
+@njit(nogil=True, cache=True)
+def arg_max(x, last, out):
+    """The index of the greatest element of each [outer, axis, inner]; the first of equals, or the last."""
+    for o in range(x.shape[0]):
+        for i in range(x.shape[2]):
+            best = 0
+            for k in range(1, x.shape[1]):
+                if x[o, k, i] > x[o, best, i] or (last and x[o, k, i] == x[o, best, i]):
+                    best = k
+            out[o, i] = best
+
+
+@vectorize(["int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)"], nopython=True, cache=True)
+def divide(a, b, zero_a, zero_b, multiplier, down, zero, lo, hi):
+    """`(a - za) / (b - zb) * multiplier / 2**down + z`, ties away from zero; a zero divisor gives a bound."""
+    a, b = a - zero_a, b - zero_b
+    if b == 0:
+        return hi if a > 0 else lo if a < 0 else zero
+    numerator, denominator = abs(a) * multiplier, abs(b) << down
+    quotient = numerator // denominator
+    rest = numerator - quotient * denominator
+    quotient += np.int64(rest >= denominator - rest)
+    value = quotient if (a < 0) == (b < 0) else -quotient
+    return min(max(value + zero, lo), hi)

@@ -21,7 +21,7 @@ _FLOOR: Final = ROUNDINGS[Rounding.FLOOR]
 _TOWARD_ZERO: Final = ROUNDINGS[Rounding.TOWARD_ZERO]
 _HALF_UP: Final = ROUNDINGS[Rounding.HALF_UP]
 _HALF_TOWARD_ZERO: Final = ROUNDINGS[Rounding.HALF_TOWARD_ZERO]
-_HALF_AWAY: Final = ROUNDINGS[Rounding.HALF_AWAY]
+HALF_AWAY: Final = ROUNDINGS[Rounding.HALF_AWAY]
 _HALF_DOWN: Final = ROUNDINGS[Rounding.HALF_DOWN]
 
 
@@ -53,7 +53,7 @@ def round_shift(value, shift, rounding):
         return floor + 1
     if rounding == _HALF_DOWN:
         return floor
-    if rounding == _HALF_AWAY:
+    if rounding == HALF_AWAY:
         return floor + np.int64(floor >= 0)
     if rounding == _HALF_TOWARD_ZERO:
         return floor + np.int64(floor < 0)

@@ -114,6 +114,11 @@ class FixedSoftmax(Op):
     left_shift: int
     diff_min: int
 
+    @property
+    def parameters(self) -> SoftmaxParameters:
+        """The attributes as the algorithm takes them."""
+        return SoftmaxParameters(self.multiplier, self.left_shift, self.diff_min)
+
     def infer(self) -> tuple[Shape, ...]:
         """The operand's shape. Raises QirError when a row is too long for the 12 integer bits of its sum."""
         shape = self.operands[0].type.shape
@@ -132,8 +137,7 @@ class FixedSoftmax(Op):
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op."""
-        parameters = SoftmaxParameters(self.multiplier, self.left_shift, self.diff_min)
-        rows = softmax(x.astype(np.int64), parameters)
+        rows = softmax(x.astype(np.int64), self.parameters)
         return (rows.astype(x.dtype),)
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:

@@ -1,0 +1,252 @@
+"""The command line. Input that does not fit is one message on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import qir
+from qir.backend import find_backends
+from qir.errors import CalibrationError, QirError
+from qir.feeds import join_samples, read_npz, split_samples, write_npz
+from qir.fixed_point import Overflow
+from qir.ir import Graph, Stage
+from qir.pass_manager import Dump, Feeds, Instrument, PassContext, Progress, Timing
+from qir.proof import prove
+from qir.report import constant_bytes, fields_text, pass_table, progress_bar, size_text
+from qir.serialization import whole_folder, write_graph
+from qir.verifier import find_faults, verify
+
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
+_BROKEN_PIPE = 141  # the same for SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for input that does not fit, 130 when interrupted.
+
+    Raises SystemExit where argparse does: for `--help`, `--version` and (status 2) malformed command lines.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+        sys.stdout.flush()
+    except QirError as fault:
+        print(f"qir: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone; keep Python's own flush at exit quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qir", description="Compile float ONNX models into proved, bit-exact integer programs.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"qir {qir.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(command=command)
+        return made
+
+    demo = add("demo", _demo, "Compile the model that ships with qir, pass by pass, and measure it. Needs no network.")
+    demo.add_argument(
+        "-o", "--output", default="qir-demo", metavar="DIR", help="folder to write (default: %(default)s)"
+    )
+
+    make = add("compile", _compile, "Compile an ONNX model, or a float graph in text form, into a program.")
+    make.add_argument("model", help="an .onnx file, or a .qir text at stage float")
+    make.add_argument("--target", required=True, metavar="NAME", help="name of a target, or path of its .toml file")
+    make.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write the program to")
+    make.add_argument(
+        "--passes", metavar="STR", help='pipeline to run, such as "a,b{option=1}" (default: the full one)'
+    )
+    make.add_argument("--dump-ir", metavar="DIR", help="folder to write the graph to after every pass")
+    _add_input_options(make)
+
+    opt = add("opt", _opt, "Run passes on a graph: text in, text out.")
+    opt.add_argument("graph", help="a .qir text, or an .onnx file")
+    opt.add_argument("--passes", required=True, metavar="STR", help='passes to run; "" only reads and verifies')
+    opt.add_argument("--target", metavar="NAME", help="name of a target, or path of its .toml file")
+    opt.add_argument("-o", "--output", metavar="FILE", help="write text and sidecar of large constants here")
+    _add_input_options(opt)
+
+    run = add("run", _run, "Run a compiled program on samples.")
+    run.add_argument("program", help="folder of the program")
+    run.add_argument("--inputs", required=True, metavar="FILE", help=f".npz file: {_SAMPLES}")
+    run.add_argument("-o", "--output", required=True, metavar="FILE", help=".npz file to write the outputs to")
+    run.add_argument("--integer", action="store_true", help="write the raw integers instead of the reals")
+
+    plan = add("plan", _plan, "Show the buffers and the kernels chosen on this host.")
+    plan.add_argument("program", help="folder of the program")
+
+    targets = add("targets", _targets, "List the targets, or print the contract of one.")
+    targets.add_argument("name", nargs="?", help="name of a target, or path of its .toml file")
+
+    check = add("check", _check, "Parse, verify and prove again what was compiled.")
+    check.add_argument("program", help="folder of the program, or a .qir text")
+    return parser
+
+
+_SAMPLES = (
+    "an array for each input name; its leading dimension counts samples, in whole batches where the batch is fixed"
+)
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", metavar="FILE", help=f".npz file: {_SAMPLES}")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        type=_shape,
+        metavar="INPUT=SHAPE",
+        help="shape of an input that an ONNX model leaves open, such as x=1x3x48x192 or x=Nx3x48x192; repeatable",
+    )
+
+
+def _shape(text: str) -> tuple[str, list[int | str]]:
+    name, _, sizes = text.rpartition("=")
+    dims = sizes.split("x")
+    if not name or not all(d.isdecimal() or (d == "N" and not i) for i, d in enumerate(dims)):
+        raise argparse.ArgumentTypeError(f"expected INPUT=SHAPE such as x=1x3x48x192, found {text!r}")
+    return name, [d if d == "N" else int(d) for d in dims]
+
+
+def _read_model(path: str, shapes: Iterable[tuple[str, list[int | str]]]) -> Graph:
+    """A `.qir` text, or an ONNX model."""
+    given = dict(shapes)
+    if not path.endswith(".qir"):
+        return qir.import_onnx(path, shapes=given)
+    if given:
+        raise QirError(f"--shape is for ONNX models; the shapes of {path} stand in its text")
+    return qir.read_graph(path)
+
+
+def _read_calibration(path: str | None, graph: Graph) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    try:
+        return split_samples(graph.inputs, read_npz(path))
+    except QirError as fault:
+        raise CalibrationError(f"calibration data: {fault}") from fault
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from qir.demo import run_demo
+
+    with progress_bar() as progress:
+        run_demo(Path(arguments.output), print, progress)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    graph = _read_model(arguments.model, arguments.shape)
+    calibration: Iterable[Feeds] | None = _read_calibration(arguments.calibration, graph)
+    timing, output = Timing(), Path(arguments.output)
+    with contextlib.ExitStack() as stack:
+        # Both folders are opened first, so that a place that cannot be written costs no compilation.
+        folder = stack.enter_context(whole_folder(output))
+        instruments: list[Instrument] = [timing]
+        if arguments.dump_ir:
+            dumps = stack.enter_context(whole_folder(Path(arguments.dump_ir)))
+            write_graph(graph, dumps / "00_import.qir")
+            instruments.append(Dump(dumps))
+        progress = stack.enter_context(progress_bar())
+        program = qir.compile(
+            graph,
+            arguments.target,
+            calibration,
+            pipeline=arguments.passes,
+            instruments=instruments,
+            progress=progress,
+        )
+        program.save(folder)
+    print(pass_table(timing.records))
+    fields = [
+        ("weights", f"{size_text(constant_bytes(graph))} became {size_text(program.weight_bytes())}"),
+        ("work", f"{program.macs():,} multiply-accumulates a sample"),
+        ("program", str(output)),
+    ]
+    if arguments.dump_ir:
+        fields.append(("IR dumps", arguments.dump_ir))
+    print(f"\n{fields_text(fields)}")
+
+
+def _opt(arguments: argparse.Namespace) -> None:
+    graph = _read_model(arguments.graph, arguments.shape)
+    pipeline = qir.parse_pipeline(arguments.passes)
+    target = qir.load_target(arguments.target) if arguments.target else None
+    faults = find_faults(graph, claims=not pipeline)
+    if faults:
+        raise qir.VerifyError(faults, graph.name)
+    context = PassContext(target, _read_calibration(arguments.calibration, graph))
+    with progress_bar() as context.progress:
+        graph = pipeline.run(graph, context)
+    if arguments.output:
+        write_graph(graph, arguments.output)
+    else:
+        print(graph, end="")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    program = qir.load(arguments.program)
+    feeds = split_samples(program.graph.inputs, read_npz(arguments.inputs))
+    run = program.run_integer if arguments.integer else program.run
+    with progress_bar() as progress:
+        results = (run(feed) for feed in _watched(feeds, "run", progress))
+        write_npz(arguments.output, join_samples(program.graph, results))
+
+
+def _watched(feeds: Sequence[Mapping[str, Any]], name: str, progress: Progress) -> Iterator[Mapping[str, Any]]:
+    for place, feed in enumerate(feeds):
+        yield feed
+        progress(name, place + 1, len(feeds))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    print(qir.load(arguments.program).plan())
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    if arguments.name:
+        print(qir.load_target(arguments.name), end="")
+    else:
+        print(fields_text([(name, qir.load_target(name).description) for name in find_backends()]))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.program)
+    graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
+    print(_checked(graph))
+
+
+def _checked(graph: Graph) -> str:
+    """What was verified and proved. Raises VerifyError with the findings."""
+    target = f" for {graph.target}" if graph.target else ""
+    fields = [("graph", f"@{graph.name} at stage {graph.stage}{target}, {len(graph.ops)} ops, legal")]
+    verify(graph)
+    if graph.stage is not Stage.FIXED:
+        return fields_text(fields)
+    proof = prove(graph)
+    modes = [getattr(op, "overflow", None) for op in graph.ops]
+    stated = sum(v.range is not None for v in graph.values() if v in proof.bounds)
+    sums = sum(getattr(op, "partial", None) is not None for op in graph.ops)
+    islands = sum(op.is_float and op.mnemonic != "const" for op in graph.ops)
+    fields += [
+        ("ranges", f"{stated} of {len(proof.bounds)} integer values state one, all proved"),
+        ("partial sums", f"{sums} stated, all proved"),
+        ("overflow", f"{modes.count(Overflow.NONE)} ops proved free of it"),
+        ("", f"{modes.count(Overflow.SATURATE)} saturate, {modes.count(Overflow.WRAP)} wrap"),
+        ("float islands", str(islands)),
+    ]
+    fields += [("warning", f"{d.place}: {d.message}") for d in proof.diagnostics]
+    return fields_text(fields)
