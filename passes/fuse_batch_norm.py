@@ -199,7 +199,7 @@ def _affine(
 
 
 def _per_channel(data: npt.NDArray[Any], rank: int, axis: int, channels: int) -> Vector | None:
-    """A constant as one float64 per channel; None where it differs along another axis."""
+    """A constant that broadcasts to the channels as one float64 for each; None where it differs along another axis."""
     shape = (1,) * (rank - data.ndim) + data.shape
     if any(d != 1 for i, d in enumerate(shape) if i != axis):
         return None

@@ -42,7 +42,7 @@ class Legalize(Pass):
                 reason = _lower(lowering, op, target)
                 islands += [reason] if reason else []
         outputs = tuple(lowering.read(v) for v in graph.outputs)
-        attributes = {"input_rule": str(target.input.rule), "input_rounding": str(target.input.rounding)}
+        border = {"input_rule": str(target.input.rule), "input_rounding": str(target.input.rounding)}
         fixed = Graph(
             graph.name,
             Stage.FIXED,
@@ -51,7 +51,7 @@ class Legalize(Pass):
             outputs,
             graph.output_names,
             target.name,
-            attributes,
+            {**graph.attributes, **border},
         )
         fixed = fixed.with_changes(ops=tuple(live_ops(fixed)))
         context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {len(islands)} float islands")

@@ -152,6 +152,8 @@ def _compile(arguments: argparse.Namespace) -> None:
     graph = _read_model(arguments.model, arguments.shape)
     calibration: Iterable[Feeds] | None = _read_calibration(arguments.calibration, graph)
     timing, output = Timing(), Path(arguments.output)
+    if arguments.dump_ir:
+        _need_apart(output, Path(arguments.dump_ir))
     with contextlib.ExitStack() as stack:
         # Both folders are opened first, so that a place that cannot be written costs no compilation.
         folder = stack.enter_context(whole_folder(output))
@@ -179,6 +181,13 @@ def _compile(arguments: argparse.Namespace) -> None:
     if arguments.dump_ir:
         fields.append(("IR dumps", arguments.dump_ir))
     print(f"\n{fields_text(fields)}")
+
+
+def _need_apart(output: Path, dumps: Path) -> None:
+    """Each folder is replaced as a whole, so that neither may lie in the other. Raises QirError when one does."""
+    ours, theirs = output.resolve(), dumps.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise QirError(f"--output {output} and --dump-ir {dumps} lie in each other; give folders side by side")
 
 
 def _opt(arguments: argparse.Namespace) -> None:

@@ -37,13 +37,13 @@ def run_demo(output: Path, say: Say, progress: Progress) -> None:
     with np.load(data / "fashion_mnist_demo.npz") as arrays:
         calibration, images = (normalized(arrays[name]) for name in ("calibration_images", "test_images"))
         labels = arrays["test_labels"]
-    say(
-        f"fm_mobile, a float32 network for Fashion-MNIST, becomes an integer program for arm-neon: int8 with the\n"
-        f"arithmetic of TensorFlow Lite Micro, calibrated on {len(calibration)} images.\n"
-    )
     graph = import_onnx(data / "fm_mobile.onnx", name="fm_mobile")
     timing = Timing()
     with whole_folder(output) as folder:
+        say(
+            f"fm_mobile, a float32 network for Fashion-MNIST, becomes an integer program for arm-neon: int8 with the\n"
+            f"arithmetic of TensorFlow Lite Micro, calibrated on {len(calibration)} images.\n"
+        )
         dumps = folder / "dumps"
         dumps.mkdir()
         write_graph(graph, dumps / "00_import.qir")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow, Rounding
-from qir.integer_functions import Multiplier, quantized_bound, rescale_multiplier
+from qir.integer_functions import Multiplier, rescale_multiplier
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize, quantize_array
 from qir.ops.movement import FixedReshape, FixedTranspose
@@ -71,10 +71,10 @@ class Lowering(Rewriter):
         found = self._layouts.get((old, last))
         if found is None:
             if old in self.graph.constants:
-                return self.constant_operand(old, last=last)
-            other = self._layouts[old, not last]
-            perm = channels_last(old.type.rank) if last else channels_first(old.type.rank)
-            found = self.transpose(other, perm, name=old.name)
+                found = self.constant_operand(old, last=last)
+            else:
+                perm = channels_last(old.type.rank) if last else channels_first(old.type.rank)
+                found = self.transpose(self._layouts[old, not last], perm, name=old.name)
             self._layouts[old, last] = found
         return found
 
@@ -91,9 +91,10 @@ class Lowering(Rewriter):
 
     def reshape(self, value: Value, shape: Shape, name: str = "") -> Value:
         """A reshape to the full shape, N included; none where the shape is there already."""
-        if value.type.shape == shape:
-            return value
         source = self._reshaped.get(value, value)
+        for present in (value, source):
+            if present.type.shape == shape:
+                return present
         sizes = tuple(d for d in shape if isinstance(d, int))
         result = self.emit(FixedReshape, [source], shape=sizes, name=name)
         self._reshaped[result] = source
@@ -121,13 +122,8 @@ class Lowering(Rewriter):
         element = self.affine_of(old)
         if clip is None:
             return element
-        scale, zero = self.scale(old), self.zero(old)
-        lo, hi = element.storage.lo, element.storage.hi
-        if np.isfinite(clip[0]):
-            lo = min(max(lo, quantized_bound(clip[0], scale, zero)), hi)
-        if np.isfinite(clip[1]):
-            hi = max(min(hi, quantized_bound(clip[1], scale, zero)), lo)
-        return element.with_storage(element.storage.narrowed(lo, hi))
+        lo, hi = quantize_array(np.array(clip, np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY)
+        return element.with_storage(element.storage.narrowed(int(lo), int(hi)))
 
     @property
     def accumulator(self) -> IntegerType:
@@ -174,18 +170,24 @@ class Lowering(Rewriter):
         )
 
     def converted(self, value: Value, element: AffineType, *, name: str, location: str) -> Value:
-        """`value` in another per-tensor format; itself where scale and zero point agree."""
+        """`value` in another per-tensor format; itself where its integers already mean the same and fit."""
         source = value.type.element
         assert isinstance(source, AffineType)
-        if (source.scale, source.zero_point) == (element.scale, element.zero_point):
+        fits = element.storage.lo <= source.storage.lo and source.storage.hi <= element.storage.hi
+        same_container = source.storage.base_name == element.storage.base_name
+        if fits and same_container and (source.scale, source.zero_point) == (element.scale, element.zero_point):
             return value
         factor = rescale_multiplier(np.float32(source.scale.data), np.float32(element.scale.data))
         return self.requantize(value, factor, element, name=name, location=location)
 
     def integers(self, old: Value, rounding: Rounding = Rounding.HALF_AWAY) -> IntArray:
-        """The integers of a constant under its quantized type, in the smallest dtype."""
+        """The integers of a constant under its quantized type, in the smallest dtype.
+
+        Raises NoIntegerForm when it has none.
+        """
         element = old.type.element
-        assert isinstance(element, AffineType)
+        if not isinstance(element, AffineType):
+            raise NoIntegerForm(f"%{old.name} has no affine type")
         data = self.graph.constants[old].data.astype(np.float32)
         return quantize_array(data, element, QuantizeRule.DIVIDE, rounding).astype(element.storage.dtype)
 

@@ -14,6 +14,7 @@ from qir.arrays import Array
 from qir.fixed_point import Overflow, quantize_multiplier, round_half_away
 from qir.integer_functions import (
     ADD_LEFT_SHIFT,
+    SOFTMAX_ROW_LIMIT,
     Multiplier,
     hard_swish,
     leaky_relu,
@@ -34,7 +35,7 @@ from qir.ops.fixed_pool import FixedSoftmax
 from qir.ops.float_base import Clipped
 from qir.ops.float_elementwise import Activation, Add, Div, HardSigmoid, LeakyRelu, PRelu, Sub
 from qir.ops.float_pool import ArgMax, Softmax
-from qir.passes.lowering.context import IntArray, Lowering, NoIntegerForm
+from qir.passes.lowering.context import IntArray, Lowering, NoIntegerForm, last_axis
 from qir.types import S8, AffineType, TensorType, affine, integer
 
 Entries = Callable[[IntArray], IntArray]
@@ -60,6 +61,8 @@ def both_operands(b: Lowering, op: Op) -> tuple[list[Value], bool]:
 def lower_add(b: Lowering, op: Op) -> None:
     """Add and Sub: both operands to a common scale at left shift 20, their sum requantized."""
     assert isinstance(op, Add | Sub)
+    if any(b.affine_of(v).storage.bits > 8 for v in op.operands):
+        raise NoIntegerForm("the sum on a common scale is defined for operands of at most 8 bits")
     scales = [b.scale(v) for v in op.operands]
     parameters = prepare_add(scales[0], scales[1], b.scale(op.result))
     operands, last = both_operands(b, op)
@@ -146,11 +149,9 @@ def _table(b: Lowering, op: Op, entries: Entries, element: AffineType | None = N
     table = b.constant(array, TensorType(array.shape, made.storage), name=f"{op.result.name}.table")
     last = b.has(x, True)
     final = b.affine_of(op.result)
-    same = (made.scale, made.zero_point) == (final.scale, final.zero_point)
-    name = b.claim(op.result) if same else f"{op.result.name}.table"
+    name = b.claim(op.result) if made == final else f"{op.result.name}.native"
     result = b.emit(Table, [b.read(x, last), table], elements=[made], name=name, location=op.location)
-    if not same:
-        result = b.converted(result, final, name=b.claim(op.result), location=op.location)
+    result = b.converted(result, final, name=b.claim(op.result), location=op.location)
     b.result_of(op, result, last)
 
 
@@ -202,6 +203,8 @@ def lower_prelu(b: Lowering, op: Op) -> None:
     x, slope = op.operands
     if slope not in b.graph.constants:
         raise NoIntegerForm("its slope is not constant")
+    if op.result.type.shape != x.type.shape:
+        raise NoIntegerForm("its slope broadcasts the operand")
     channels = x.type.shape[1] if x.type.rank > 1 else 1
     shape = (1,) * (x.type.rank - slope.type.rank) + slope.type.shape
     if any(d != 1 for i, d in enumerate(shape) if i != 1) or b.affine_of(x).storage.bits != 8:
@@ -229,43 +232,48 @@ def lower_softmax(b: Lowering, op: Op) -> None:
     """TensorFlow Lite's integer softmax over the last axis; another axis is brought there and back."""
     assert isinstance(op, Softmax)
     x = op.operands[0]
-    rank = x.type.rank
-    axis = op.axis % rank
+    rank, axis = x.type.rank, op.axis % x.type.rank
     parameters = prepare_softmax(b.scale(x))
     if b.affine_of(x).storage != S8:
         raise NoIntegerForm("integer softmax is defined for 8 signed bits")
+    if int(x.type.shape[axis]) >= SOFTMAX_ROW_LIMIT:
+        raise NoIntegerForm(f"integer softmax takes rows of fewer than {SOFTMAX_ROW_LIMIT} elements")
     made, final = affine(S8, 1 / 256, -128), b.affine_of(op.result)
+    last = rank > 2 and axis == 1  # the channels, which stand last of themselves
+    moves = axis != rank - 1 and not last
     to_end = (*(i for i in range(rank) if i != axis), axis)
-    value = b.read(x) if axis == rank - 1 else b.transpose(b.read(x), to_end)
+    value = b.read(x, last)
     value = b.emit(
         FixedSoftmax,
-        [value],
+        [b.transpose(value, to_end) if moves else value],
         elements=[made],
         multiplier=parameters.multiplier,
         left_shift=parameters.left_shift,
         diff_min=parameters.diff_min,
-        name=f"{op.result.name}.rows" if axis != rank - 1 else b.claim(op.result),
+        name=f"{op.result.name}.native" if moves or made != final else b.claim(op.result),
         location=op.location,
     )
-    value = b.converted(value, final, name=op.result.name, location=op.location)
-    if axis != rank - 1:
-        back = tuple(to_end.index(i) for i in range(rank))
-        value = b.transpose(value, back, name=b.claim(op.result))
-    b.result_of(op, value)
+    name = f"{op.result.name}.rows" if moves else b.claim(op.result)
+    value = b.converted(value, final, name=name, location=op.location)
+    if moves:
+        value = b.transpose(value, tuple(to_end.index(i) for i in range(rank)), name=b.claim(op.result))
+    b.result_of(op, value, last)
 
 
 def lower_argmax(b: Lowering, op: Op) -> None:
     """The index of the greatest integer: the same as that of the greatest real."""
     assert isinstance(op, ArgMax)
     x = op.operands[0]
+    rank, axis = x.type.rank, op.axis % x.type.rank
+    last = b.has(x, True)
     result = b.emit(
         FixedArgMax,
-        [b.read(x)],
+        [b.read(x, last)],
         elements=[op.result.type.element],
-        axis=op.axis % x.type.rank,
+        axis=last_axis(axis, rank) if last else axis,
         keepdims=op.keepdims,
         select_last_index=op.select_last_index,
         name=b.claim(op.result),
         location=op.location,
     )
-    b.result_of(op, result)
+    b.result_of(op, result, last and (op.keepdims or axis != 1))  # without its channels, a map is in ONNX's layout

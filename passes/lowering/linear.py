@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.integer_functions import mean_multiplier, product_multiplier
@@ -12,6 +15,8 @@ from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis, spatial_rank_4
 from qir.types import AffineType, TensorType
+
+Scales = npt.NDArray[Any]
 
 
 def lower_conv(b: Lowering, op: Op) -> None:
@@ -26,7 +31,8 @@ def lower_conv(b: Lowering, op: Op) -> None:
     pads = (0, op.pads[0], 0, op.pads[1]) if one_d else op.pads
     value = b.read(x, last=True)
     value = b.reshape(value, spatial_rank_4(value.type.shape))
-    operands = [value, _conv_weight(b, weight), *_bias(b, op.optional_operand(2))]
+    scales = _weight_scales(weight, 0)
+    operands = [value, _conv_weight(b, weight), *_bias(b, op, scales)]
     total = b.emit(
         Conv2d,
         operands,
@@ -38,10 +44,8 @@ def lower_conv(b: Lowering, op: Op) -> None:
         location=op.location,
         **b.accumulation,
     )
-    element = weight.type.element
-    assert isinstance(element, AffineType)
-    scales = np.broadcast_to(element.scale.data, (int(weight.type.shape[0]),))
-    factors = [product_multiplier(b.scale(x), s, b.scale(op.result)) for s in scales]
+    per_channel = np.broadcast_to(scales, (int(weight.type.shape[0]),))
+    factors = [product_multiplier(b.scale(x), s, b.scale(op.result)) for s in per_channel]
     result = b.requantize(total, factors, b.clipped(op.result, op.clip), name=b.claim(op.result), location=op.location)
     if one_d:
         shape = result.type.shape
@@ -58,12 +62,25 @@ def _conv_weight(b: Lowering, weight: Value) -> Value:
     return b.constant(array, TensorType(array.shape, weight.type.element), name=b.claim(weight))
 
 
-def _bias(b: Lowering, bias: Value | None) -> list[Value]:
-    """The bias in the accumulator's plain integers."""
+def _weight_scales(weight: Value, axis: int) -> Scales:
+    """The scales of weights: one, or one for each index of `axis`. Raises NoIntegerForm for any other type."""
+    element = weight.type.element
+    if not isinstance(element, AffineType) or element.axis not in (None, axis % weight.type.rank):
+        raise NoIntegerForm(f"%{weight.name} is not quantized per tensor or along axis {axis % weight.type.rank}")
+    return element.scale.data
+
+
+def _bias(b: Lowering, op: Op, scales: Scales) -> list[Value]:
+    """The bias in the accumulator's plain integers. Raises NoIntegerForm unless it is at the products' scale."""
+    bias = op.optional_operand(2)
     if bias is None:
         return []
     if bias not in b.graph.constants:
         raise NoIntegerForm("its bias is not constant")
+    element = bias.type.element
+    products = (np.float64(b.scale(op.operands[0])) * scales.astype(np.float64)).astype(np.float32)
+    if not isinstance(element, AffineType) or element.has_zero_point or np.any(element.scale.data != products):
+        raise NoIntegerForm(f"%{bias.name} is not at the scale of the input times that of the weights")
     array = Array(b.integers(bias).astype(b.accumulator.dtype), b.graph.constants[bias].name)
     return [b.constant(array, TensorType(array.shape, b.accumulator), name=b.claim(bias))]
 
@@ -73,9 +90,7 @@ def lower_matmul(b: Lowering, op: Op) -> None:
     assert isinstance(op, MatMul)
     left, right = op.operands[0], op.operands[1]
     b.affine_of(left)
-    element = right.type.element
-    if not isinstance(element, AffineType):
-        raise NoIntegerForm(f"%{right.name} is not quantized")
+    scales = _weight_scales(right, -1)
     if right in b.graph.constants:
         array = Array(np.ascontiguousarray(b.integers(right)), b.graph.constants[right].name)
         second = b.constant(array, right.type, name=b.claim(right))
@@ -83,13 +98,13 @@ def lower_matmul(b: Lowering, op: Op) -> None:
         second = b.read(right)
     total = b.emit(
         FixedMatMul,
-        [b.read(left), second, *_bias(b, op.optional_operand(2))],
+        [b.read(left), second, *_bias(b, op, scales)],
         name=f"{op.result.name}.acc",
         location=op.location,
         **b.accumulation,
     )
-    pairs = [product_multiplier(b.scale(left), s, b.scale(op.result)) for s in np.atleast_1d(element.scale.data)]
-    factors = pairs if element.axis is not None else pairs[0]
+    pairs = [product_multiplier(b.scale(left), s, b.scale(op.result)) for s in np.atleast_1d(scales)]
+    factors = pairs if scales.ndim else pairs[0]
     result = b.requantize(total, factors, b.clipped(op.result, op.clip), name=b.claim(op.result), location=op.location)
     b.result_of(op, result)
 

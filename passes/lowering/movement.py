@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from qir.fixed_point import Rounding, round_half_away
+from qir.fixed_point import Rounding
 from qir.ir import Op, Value
 from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool
+from qir.ops.fixed_rescale import QuantizeRule, quantize_array
 from qir.ops.float_pool import AveragePool, MaxPool
 from qir.ops.movement import (
     Concat,
@@ -20,7 +21,14 @@ from qir.ops.movement import (
     Slice,
     Transpose,
 )
-from qir.passes.lowering.context import Lowering, NoIntegerForm, channels_last, last_axis, spatial_rank_4
+from qir.passes.lowering.context import (
+    Lowering,
+    NoIntegerForm,
+    channels_first,
+    channels_last,
+    last_axis,
+    spatial_rank_4,
+)
 from qir.types import AffineType, IntegerType, is_quantized
 
 
@@ -60,12 +68,18 @@ def lower_pool(b: Lowering, op: Op) -> None:
             location=op.location,
         )
     else:
-        if op.count_include_pad and any(reach):
-            if reach != pads:
-                raise NoIntegerForm("padding that counts, with ceil_mode, has no integer form")
-            pad = (0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0)
-            zero = b.zero(op.result)
-            value = b.emit(FixedPad, [value], pads=pad, value=zero, name=f"{op.result.name}.pad", location=op.location)
+        if op.count_include_pad and any(pads):
+            if any(r > p for r, p in zip(reach, pads, strict=True)):
+                raise NoIntegerForm("a window that ceil_mode lets reach beyond padding that counts has no integer form")
+            value = b.emit(
+                FixedPad,
+                [value],
+                elements=[b.affine_of(op.result)],
+                pads=(0, *reach[:2], 0, 0, *reach[2:], 0),
+                value=b.zero(op.result),
+                name=f"{op.result.name}.pad",
+                location=op.location,
+            )
             reach = (0, 0, 0, 0)
         result = b.emit(
             FixedAveragePool,
@@ -91,7 +105,7 @@ def _reach(
     dilations: tuple[int, ...],
     value: Value,
 ) -> tuple[int, ...]:
-    """The pads with the end grown as far as ceil_mode lets the last window reach."""
+    """The pads; with ceil_mode the end is where the last window ends, be it within the stated pads or beyond."""
     if not op.ceil_mode:
         return pads
     spatial = (1, *op.result.type.shape[2:]) if op.result.type.rank == 3 else op.result.type.shape[2:]
@@ -101,7 +115,7 @@ def _reach(
         assert isinstance(size, int)
         assert isinstance(outputs, int)
         reach = (outputs - 1) * strides[axis] + (kernel[axis] - 1) * dilations[axis] + 1
-        ends.append(max(pads[2 + axis], reach - size - pads[axis]))
+        ends.append(max(0, reach - size - pads[axis]))
     return (*pads[:2], *ends)
 
 
@@ -113,10 +127,13 @@ def lower_reshape(b: Lowering, op: Op) -> None:
 
 
 def lower_transpose(b: Lowering, op: Op) -> None:
-    """A transpose in ONNX's layout."""
+    """A transpose, taken from channels last at once where only that is there."""
     assert isinstance(op, Transpose)
-    value = in_format(b, op, b.read(op.operands[0]))
-    b.result_of(op, b.transpose(value, op.perm, name=b.claim(op.result)))
+    x = op.operands[0]
+    last = b.has(x, True) and not b.has(x, False)
+    first = channels_first(x.type.rank) if last else tuple(range(x.type.rank))
+    value = in_format(b, op, b.read(x, last))
+    b.result_of(op, b.transpose(value, tuple(first[p] for p in op.perm), name=b.claim(op.result)))
 
 
 def lower_concat(b: Lowering, op: Op) -> None:
@@ -179,8 +196,7 @@ def lower_pad(b: Lowering, op: Op) -> None:
     x, rank = op.operands[0], op.result.type.rank
     last = b.has(x, True)
     element = b.affine_of(op.result)
-    value = int(round_half_away(np.float32(op.value) / b.scale(op.result))) + b.zero(op.result)
-    value = min(max(value, element.storage.lo), element.storage.hi)
+    value = int(quantize_array(np.float32(op.value), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY))
     order = channels_last(rank) if last else tuple(range(rank))
     pads = (*(op.pads[i] for i in order), *(op.pads[rank + i] for i in order))
     result = b.emit(

@@ -20,6 +20,7 @@ from qir.types import (
     F32,
     AffineType,
     ElementType,
+    FixedPointType,
     FloatType,
     IntegerType,
     Shape,
@@ -182,7 +183,9 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
 
 
 def quantize_input(graph: Graph, value: Value, array: Tensor) -> Tensor:
-    """Reals for a quantized input of a fixed-stage graph, as the graph's attributes say; integers pass as they are.
+    """Reals for a quantized input of a fixed-stage graph as integers of its storage, as the graph's attributes say.
+
+    Integers pass as they are.
 
     Raises QirError when the graph does not say how its inputs are quantized.
     """
@@ -197,7 +200,9 @@ def quantize_input(graph: Graph, value: Value, array: Tensor) -> Tensor:
         raise QirError(
             f"graph @{graph.name} must state input_rule=divide|reciprocal and input_rounding=half_even|half_away"
         ) from None
-    return quantize_array(array.astype(np.float32), value.type.element, rule, rounding)
+    element = value.type.element
+    assert isinstance(element, AffineType | FixedPointType)
+    return quantize_array(array.astype(np.float32), element, rule, rounding).astype(element.storage.dtype)
 
 
 def dequantize_array(q: Tensor, element: ElementType) -> Tensor:

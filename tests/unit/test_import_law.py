@@ -21,9 +21,9 @@ LAYERS = (
     ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "serialization"),
     ("target", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
     ("passes", "backends"),
-    ("program",),
+    ("program", "compiler"),
     ("__init__", "testing"),
-    ("cli", "demo"),
+    ("feeds", "report", "demo", "cli"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,0 +1,56 @@
+"""Whole compiled models against TensorFlow Lite Micro, every output bit, and against the interpreter, every value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime
+import pytest
+from models import PATHS, compiled, labelled_images
+from oracle.graph_to_tflite import to_tflite
+from oracle.tflite_writer import MicroRuntime
+
+from qir.interpreter import trace
+from qir.pass_manager import integer_feeds
+
+NAMES = sorted(PATHS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_output_bit_is_that_of_tensorflow_lite_micro(name: str) -> None:
+    model = compiled(name)
+    x, _ = labelled_images()
+    feeds = integer_feeds(model.program.graph, {"x": x[:1000]})
+    ours = model.program.run_integer(feeds)["logits"]
+    runtime = MicroRuntime(to_tflite(model.program.graph, model.typed))
+    theirs = np.concatenate([runtime.run(image[None])[0] for image in feeds["x"]])
+    assert ours.shape == theirs.shape == (1000, 10)
+    assert int((ours != theirs).sum()) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_give_every_value_of_the_interpreter(name: str) -> None:
+    program = compiled(name).program
+    feeds = integer_feeds(program.graph, {"x": labelled_images()[0][:32]})
+    expected, found = trace(program.graph, feeds), program.trace(feeds)
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=key)
+    fused = program.run_integer(feeds)
+    np.testing.assert_array_equal(fused["logits"], expected[program.graph.outputs[0].name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accuracy_on_all_test_images_is_within_a_fifth_of_a_point(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    model = compiled(name)
+    x, labels = labelled_images()
+    session = onnxruntime.InferenceSession(str(PATHS[name]), providers=["CPUExecutionProvider"])
+    real = np.concatenate([session.run(None, {"x": x[i : i + 500]})[0] for i in range(0, len(x), 500)])
+    integer = model.program.run({"x": x})["logits"]
+    float_accuracy, accuracy = (float((o.argmax(axis=1) == labels).mean()) for o in (real, integer))
+    record_property("float32", float_accuracy)
+    record_property("arm-neon", accuracy)
+    assert accuracy >= float_accuracy - 0.002
