@@ -62,6 +62,8 @@ class Canonicalize(Pass):
         if len(live) < len(after.ops):
             context.note(f"{len(after.ops) - len(live)} ops dropped")
             after = after.with_changes(ops=tuple(live))
+        if after is graph:
+            context.note("nothing to change")
         return after
 
 

@@ -196,7 +196,7 @@ def lower_pad(b: Lowering, op: Op) -> None:
     x, rank = op.operands[0], op.result.type.rank
     last = b.has(x, True)
     element = b.affine_of(op.result)
-    value = int(quantize_array(np.float32(op.value), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY))
+    value = int(quantize_array(np.asarray(op.value, np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY))
     order = channels_last(rank) if last else tuple(range(rank))
     pads = (*(op.pads[i] for i in order), *(op.pads[rank + i] for i in order))
     result = b.emit(

@@ -1,272 +1,405 @@
-"""A fixed-stage graph of qir as a .tflite model, by recognizing what each runtime op was decomposed into.
+"""Writes an integer program of the TensorFlow Lite family as a .tflite file, op pattern by op pattern.
 
-Scales and zero points come from the types alone, so that the runtime derives its own multipliers. Padding is explicit
-(PAD, then VALID). A fused activation is the one whose bounds, computed as the runtime does, are the result's storage.
-Anything that is not recognized is an error.
+Only what the runtime is told goes into the file: shapes, scales, zero points, weights, windows. The multipliers, tables
+and accumulators of the program stay out of it, so that the runtime derives its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from oracle.tflite_writer import ModelWriter
 
+from qir.fixed_point import Rounding
 from qir.integer_functions import quantized_bound
 from qir.ir import Graph, Op, Value
+from qir.opdef import Window
+from qir.ops.accumulate import Accumulating
 from qir.ops.constant import Const
-from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedMul, FixedSub, Table
+from qir.ops.fixed_elementwise import Elementwise, FixedAdd, FixedArgMax, FixedMul, FixedSub, Table
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
-from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
-from qir.ops.fixed_rescale import Requantize
+from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax, Pool2d
+from qir.ops.fixed_rescale import QuantizeRule, Requantize, quantize_array
 from qir.ops.float_elementwise import HardSwish, LeakyRelu, PRelu, Sigmoid, Tanh
-from qir.ops.movement import FixedConcat, FixedPad, FixedReshape, FixedTranspose
-from qir.types import S8, AffineType, IntegerType, TensorType
+from qir.ops.movement import FixedConcat, FixedGather, FixedPad, FixedReshape, FixedSlice, FixedTranspose
+from qir.types import AffineType, IntegerType, storage_of
 
-ACTIVATIONS: dict[str, tuple[float | None, float | None]] = {
+Array = npt.NDArray[Any]
+
+_FUSED: dict[str, tuple[float | None, float | None]] = {
     "NONE": (None, None),
     "RELU": (0.0, None),
     "RELU6": (0.0, 6.0),
     "RELU_N1_TO_1": (-1.0, 1.0),
 }
-#: What a table stands for is not in the table: it is the op of this name in the typed graph.
-TABLES: dict[type[Op], str] = {Sigmoid: "LOGISTIC", Tanh: "TANH", HardSwish: "HARD_SWISH"}
+_LEAST = -128  # of int8; a maximum never takes it from padding
 
 
-def to_tflite(fixed: Graph, typed: Graph) -> bytes:
-    """The bytes of the model, for a batch of one. `typed` is the graph before legalize, for the names of functions."""
-    return _Converter(fixed, typed).convert()
+class NotTflite(Exception):
+    """The graph holds something that this writer cannot say in a .tflite file."""
 
 
-class _Converter:
-    def __init__(self, fixed: Graph, typed: Graph) -> None:
+def graph_to_tflite(fixed: Graph, typed: Graph | None = None, batch: int = 1) -> bytes:
+    """The bytes of a .tflite file that takes and gives the raw integers of `fixed`, with `batch` for its N.
+
+    A table does not say which function it holds: `typed` is the graph before legalize, where the op that makes the
+    value of the same name does. Raises NotTflite, which names the op, for whatever has no counterpart.
+    """
+    return _Writer(fixed, typed, batch).write()
+
+
+class _Writer:
+    def __init__(self, fixed: Graph, typed: Graph | None, batch: int) -> None:
         self.graph = fixed
-        self.functions = {op.result.name: op for op in typed.ops if len(op.results) == 1}
         self.typed = typed
-        self.writer = ModelWriter()
+        self.batch = batch
+        self.model = ModelWriter()
         self.tensors: dict[Value, int] = {}
-        self.rules: dict[type[Op], Callable[[Any], None]] = {
-            Requantize: self.requantize,
-            Table: self.table,
-            FixedSoftmax: self.softmax,
-            FixedMaxPool: self.pool,
-            FixedAveragePool: self.pool,
-            FixedReshape: self.reshape,
-            FixedTranspose: self.transpose,
-            FixedConcat: self.concat,
-            FixedPad: self.pad,
-            FixedArgMax: self.argmax,
-        }
 
-    def convert(self) -> bytes:
-        inputs = [self.of(v) for v in self.graph.inputs]
-        inner = {Const, Conv2d, FixedMatMul, ReduceSum, FixedAdd, FixedSub, FixedMul}
+    def write(self) -> bytes:
+        """Every op in order: written, or part of the pattern that its reader ends."""
+        for value in self.graph.inputs:
+            self.result(value)
         for op in self.graph.ops:
-            if type(op) in inner or self._is_addend(op):
+            if isinstance(op, Const) or self.is_inner(op):
                 continue
-            if type(op) not in self.rules:
-                raise ValueError(f"{op.describe()} has no TensorFlow Lite form here")
-            self.rules[type(op)](op)
-        return self.writer.finish(inputs, [self.of(v) for v in self.graph.outputs])
+            rule = _RULES.get(type(op))
+            if rule is None:
+                raise NotTflite(f"{op.describe()} has no counterpart")
+            rule(self, op)
+        inputs = [self.tensors[v] for v in self.graph.inputs]
+        return self.model.finish(inputs, [self.read(v) for v in self.graph.outputs])
 
-    def _is_addend(self, op: Op) -> bool:
-        users = self.graph.users.get(op.results[0], ())
-        return isinstance(op, Requantize) and bool(users) and all(isinstance(u, FixedAdd | FixedSub) for u in users)
+    def is_inner(self, op: Op) -> bool:
+        """Whether the op makes an accumulator, which no tensor of the file holds; `producer` finds it again."""
+        return isinstance(op, Accumulating | Elementwise | Requantize) and isinstance(
+            op.result.type.element, IntegerType
+        )
 
     # Tensors
 
-    def of(self, value: Value) -> int:
-        """The tensor of a value; constants are written as they are."""
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return value.type.concrete(self.batch)
+
+    def read(self, value: Value) -> int:
+        """The tensor of a value; that of a constant is made on first use."""
         if value not in self.tensors:
             data = self.graph.constants.get(value)
-            self.tensors[value] = self.new(value.type, value.name, None if data is None else data.data)
+            if data is None:
+                raise NotTflite(f"%{value.name} is an accumulator that is read outside of any known pattern")
+            self.tensors[value] = self.tensor(value.name, data.shape, value, data.data)
         return self.tensors[value]
 
-    def new(self, kind: TensorType, name: str, data: npt.NDArray[Any] | None = None) -> int:
-        """A tensor of a qir type."""
-        if isinstance(kind.element, IntegerType):
-            dtype = np.int32 if kind.element.bits == 64 else kind.element.dtype
-            return self.writer.tensor(name, kind.concrete(1), dtype, data=data)
-        assert isinstance(kind.element, AffineType)
-        scale, zero = kind.element.scale.data, kind.element.zero_point.data
-        axis = kind.element.axis or 0
-        return self.writer.tensor(name, kind.concrete(1), kind.element.storage.dtype, scale, zero, axis, data)
+    def result(self, value: Value) -> int:
+        """A new tensor for a value."""
+        self.tensors[value] = self.tensor(value.name, self.shape(value), value)
+        return self.tensors[value]
 
-    def numbers(self, name: str, data: Any) -> int:
-        """A constant int32 tensor, such as a shape."""
+    def tensor(self, name: str, shape: Sequence[int], like: Value, data: Array | None = None) -> int:
+        """A tensor in the per-tensor int8 format of `like`, or of int32 where that holds indices."""
+        element = like.type.element
+        if isinstance(element, IntegerType):
+            return self.model.tensor(name, shape, np.int32, data=data)
+        scale, zero = self.format(like)
+        return self.model.tensor(name, shape, np.int8, scale, zero, data=data)
+
+    def format(self, value: Value) -> tuple[float, int]:
+        """Scale and zero point of an int8 value."""
+        element = value.type.element
+        storage = storage_of(element)
+        if not isinstance(element, AffineType) or element.axis is not None or storage is None or storage.dtype != "i1":
+            raise NotTflite(f"%{value.name} is not int8 with one scale: {value.type}")
+        return float(element.scale.data), int(element.zero_point.data)
+
+    def integers(self, name: str, data: npt.ArrayLike) -> int:
+        """A constant int32 tensor."""
         array = np.asarray(data, np.int32)
-        return self.writer.tensor(name, array.shape, np.int32, data=array)
+        return self.model.tensor(name, array.shape, np.int32, data=array)
 
     def activation(self, value: Value) -> str:
-        """The fused activation whose bounds are the storage of `value`."""
-        element = value.type.element
-        assert isinstance(element, AffineType)
-        scale, zero = np.float32(element.scale.data), int(element.zero_point.data)
-        for name, (low, high) in ACTIVATIONS.items():
-            lo = S8.lo if low is None else max(S8.lo, quantized_bound(low, scale, zero))
-            hi = S8.hi if high is None else min(S8.hi, quantized_bound(high, scale, zero))
-            if (lo, hi) == (element.storage.lo, element.storage.hi):
+        """The fused activation whose bounds are the storage bounds of a value."""
+        scale, zero = self.format(value)
+        storage = storage_of(value.type.element)
+        assert storage is not None
+        for name, (lo, hi) in _FUSED.items():
+            low = -128 if lo is None else max(-128, quantized_bound(lo, scale, zero))
+            high = 127 if hi is None else min(127, quantized_bound(hi, scale, zero))
+            if (low, high) == (storage.lo, storage.hi):
                 return name
-        raise ValueError(f"no activation of the runtime has the bounds of %{value.name}: {element.storage}")
+        raise NotTflite(f"%{value.name} is clamped to [{storage.lo}, {storage.hi}], which no fused activation does")
 
-    # Ops
+    def plain(self, op: Op) -> int:
+        """The result of an op that has no fused activation."""
+        if self.activation(op.result) != "NONE":
+            raise NotTflite(f"{op.describe()} would need a fused activation, which its counterpart has not")
+        return self.result(op.result)
 
-    def requantize(self, op: Requantize) -> None:
+    def constant(self, value: Value) -> Array:
+        """The data of a constant."""
+        if value not in self.graph.constants:
+            raise NotTflite(f"%{value.name} is not constant")
+        return self.graph.constants[value].data
+
+    def padded(self, value: Value, pads: Sequence[Sequence[int]], fill: int) -> int:
+        """A tensor padded by its zero point, or by another integer."""
+        if not np.any(pads):
+            return self.read(value)
+        shape = [size + before + after for size, (before, after) in zip(self.shape(value), pads, strict=True)]
+        result = self.tensor(f"{value.name}.padded", shape, value)
+        operands = [self.read(value), self.integers(f"{value.name}.pads", pads)]
+        if fill == self.format(value)[1]:
+            self.model.operator("PAD", operands, [result])
+        else:
+            constant = self.tensor(f"{value.name}.fill", (1,), value, np.array([fill], np.int8))
+            self.model.operator("PADV2", [*operands, constant], [result])
+        return result
+
+    # Requantize ends most patterns; what made its operand says which
+
+    def requantize(self, op: Op) -> None:
         source = self.graph.producers.get(op.operands[0])
-        result = self.of(op.result)
-        if isinstance(source, Conv2d):
-            self.convolution(source, op)
-        elif isinstance(source, FixedMatMul):
-            self.matmul(source, op)
-        elif isinstance(source, ReduceSum):
-            axes = self.numbers(f"{op.result.name}.axes", list(source.axes))
-            self.writer.operator("MEAN", [self.of(source.operands[0]), axes], [result], keep_dims=source.keepdims)
-        elif isinstance(source, FixedAdd | FixedSub):
-            addends = [self.graph.producers[v].operands[0] for v in source.operands]
-            kind = "ADD" if isinstance(source, FixedAdd) else "SUB"
-            self.writer.operator(kind, [self.of(v) for v in addends], [result], activation=self.activation(op.result))
-        elif isinstance(source, FixedMul):
-            operands = [self.of(v) for v in source.operands]
-            self.writer.operator("MUL", operands, [result], activation=self.activation(op.result))
-        else:
-            kind = {"NONE": "QUANTIZE", "RELU": "RELU", "RELU6": "RELU6"}[self.activation(op.result)]
-            self.writer.operator(kind, [self.of(op.operands[0])], [result])
-
-    def padded(self, x: Value, pads: tuple[int, ...], name: str) -> int:
-        """The operand of a VALID window: behind a PAD with the zero point where pads are not zero."""
-        if not any(pads):
-            return self.of(x)
-        n, height, width, channels = x.type.concrete(1)
-        top, left, bottom, right = pads
-        kind = TensorType((n, height + top + bottom, width + left + right, channels), x.type.element)
-        padded = self.new(kind, f"{name}.padded")
-        widths = self.numbers(f"{name}.pads", [[0, 0], [top, bottom], [left, right], [0, 0]])
-        self.writer.operator("PAD", [self.of(x), widths], [padded])
-        return padded
-
-    def convolution(self, conv: Conv2d, op: Requantize) -> None:
-        x, weight = conv.operands[0], conv.operands[1]
-        data = self.graph.constants[weight].data
-        assert isinstance(weight.type.element, AffineType)
-        scales = np.broadcast_to(weight.type.element.scale.data, data.shape[:1])
-        depthwise = conv.groups > 1
-        if depthwise:
-            if conv.groups != x.type.shape[3]:
-                raise ValueError(f"{conv.describe()}: the runtime has no grouped convolutions but depthwise ones")
-            data = data.transpose(3, 1, 2, 0)
-        w = self.writer.tensor(weight.name, data.shape, np.int8, scales, 0, 3 if depthwise else 0, data)
-        bias_data = np.zeros(len(scales), np.int32)
-        if len(conv.operands) > 2:
-            bias_data = self.graph.constants[conv.operands[2]].data
-        assert isinstance(x.type.element, AffineType)
-        product = scales * x.type.element.scale.data
-        bias = self.writer.tensor(f"{op.result.name}.bias", bias_data.shape, np.int32, product, 0, 0, bias_data)
-        options: dict[str, Any] = {
-            "padding": "VALID",
-            "stride_h": conv.strides[0],
-            "stride_w": conv.strides[1],
-            "dilation_h_factor": conv.dilations[0],
-            "dilation_w_factor": conv.dilations[1],
-            "activation": self.activation(op.result),
-        }
-        if depthwise:
-            options["depth_multiplier"] = data.shape[3] // conv.groups
-        operands = [self.padded(x, conv.pads, op.result.name), w, bias]
-        kind = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
-        self.writer.operator(kind, operands, [self.of(op.result)], **options)
-
-    def matmul(self, product: FixedMatMul, op: Requantize) -> None:
-        left, right = product.operands[0], product.operands[1]
-        if right not in self.graph.constants:
-            self.writer.operator("BATCH_MATMUL", [self.of(left), self.of(right)], [self.of(op.result)])
+        if source is None or not self.is_inner(source):
+            self.rescale(op)
             return
-        assert isinstance(right.type.element, AffineType)
-        assert isinstance(left.type.element, AffineType)
-        scale = right.type.element.scale.data
-        w = self.writer.tensor(
-            right.name,
-            self.graph.constants[right].shape[::-1],
-            np.int8,
-            scale,
-            0,
-            0,
-            self.graph.constants[right].data.T,
-        )
-        bias = -1
-        if len(product.operands) > 2:
-            data = self.graph.constants[product.operands[2]].data
-            bias = self.writer.tensor(
-                f"{op.result.name}.bias", data.shape, np.int32, scale * left.type.element.scale.data, 0, 0, data
-            )
-        self.writer.operator(
-            "FULLY_CONNECTED",
-            [self.of(left), w, bias],
-            [self.of(op.result)],
-            activation=self.activation(op.result),
-            keep_num_dims=True,
-        )
+        rule = _ACCUMULATORS.get(type(source))
+        if rule is None:
+            raise NotTflite(f"{source.describe()} has no counterpart")
+        rule(self, source, op)
 
-    def table(self, op: Table) -> None:
-        function = self.functions.get(op.result.name.removesuffix(".table"))
-        x, result = self.of(op.operands[0]), self.of(op.result)
-        if isinstance(function, LeakyRelu):
-            self.writer.operator("LEAKY_RELU", [x], [result], alpha=function.alpha)
-        elif isinstance(function, PRelu):
-            slope = function.operands[1]
-            assert isinstance(slope.type.element, AffineType)
-            scale, zero = float(slope.type.element.scale.data), int(slope.type.element.zero_point.data)
-            real = self.typed.constants[slope].data.reshape(-1)
-            data = np.clip(np.floor(np.abs(real / scale) + 0.5) * np.sign(real) + zero, -128, 127).astype(np.int8)
-            shape = (1,) * (op.result.type.rank - 2) + (data.size,)
-            alpha = self.writer.tensor(f"{op.result.name}.alpha", shape, np.int8, scale, zero, data=data.reshape(shape))
-            self.writer.operator("PRELU", [x, alpha], [result])
-        elif function is not None and type(function) in TABLES:
-            self.writer.operator(TABLES[type(function)], [x], [result])
-        else:
-            raise ValueError(f"{op.describe()} is made by no function that the runtime has")
+    def rescale(self, op: Op) -> None:
+        """QUANTIZE, RELU, or RELU6, which keeps the format and so may need a QUANTIZE before it."""
+        x, activation = op.operands[0], self.activation(op.result)
+        if activation not in ("NONE", "RELU", "RELU6"):
+            raise NotTflite(f"{op.describe()}: {activation} does not stand alone")
+        source = self.read(x)
+        if activation == "RELU6" and self.format(x) != self.format(op.result):
+            rescaled = self.tensor(f"{op.result.name}.unclipped", self.shape(op.result), op.result)
+            self.model.operator("QUANTIZE", [source], [rescaled])
+            source = rescaled
+        kind = "QUANTIZE" if activation == "NONE" else activation
+        self.model.operator(kind, [source], [self.result(op.result)])
 
-    def softmax(self, op: FixedSoftmax) -> None:
-        self.writer.operator("SOFTMAX", [self.of(op.operands[0])], [self.of(op.result)], beta=1.0)
+    def conv(self, source: Op, op: Op) -> None:
+        assert isinstance(source, Conv2d)
+        x, weight = source.operands[:2]
+        data, channels = self.constant(weight), int(x.type.shape[3])
+        depthwise = source.groups == channels and source.groups > 1
+        if source.groups > 1 and not depthwise:
+            raise NotTflite(f"{source.describe()} has {source.groups} groups of several channels")
+        kind, axis, options = "CONV_2D", 0, {}
+        if depthwise:
+            data = data[:, :, :, 0].transpose(1, 2, 0)[None]
+            kind, axis, options = "DEPTHWISE_CONV_2D", 3, {"depth_multiplier": data.shape[3] // channels}
+        top, left, bottom, right = source.pads
+        padded = self.padded(x, [(0, 0), (top, bottom), (left, right), (0, 0)], self.format(x)[1])
+        operands = [padded, *self.parameters(source, op, data, axis)]
+        window = {
+            "stride_h": source.strides[0],
+            "stride_w": source.strides[1],
+            "dilation_h_factor": source.dilations[0],
+            "dilation_w_factor": source.dilations[1],
+        }
+        activation = self.activation(op.result)
+        result = self.result(op.result)
+        self.model.operator(kind, operands, [result], padding="VALID", activation=activation, **window, **options)
 
-    def pool(self, op: FixedMaxPool | FixedAveragePool) -> None:
-        if any(op.pads) or set(op.dilations) != {1}:
-            raise ValueError(f"{op.describe()}: the runtime pools without explicit pads and dilations")
-        kind = "MAX_POOL_2D" if isinstance(op, FixedMaxPool) else "AVERAGE_POOL_2D"
-        self.writer.operator(
-            kind,
-            [self.of(op.operands[0])],
-            [self.of(op.result)],
-            padding="VALID",
-            stride_h=op.strides[0],
-            stride_w=op.strides[1],
-            filter_height=op.kernel[0],
-            filter_width=op.kernel[1],
-        )
+    def parameters(self, source: Op, op: Op, data: Array, axis: int) -> list[int]:
+        """Weights, quantized along `axis` where they have several scales, and the bias."""
+        x, weight = source.operands[:2]
+        element = weight.type.element
+        if not isinstance(element, AffineType) or element.has_zero_point or data.dtype != np.int8:
+            raise NotTflite(f"%{weight.name} is not int8 with zero point 0")
+        scales = element.scale.data
+        tensors = [self.model.tensor(weight.name, data.shape, np.int8, scales, 0, axis, data)]
+        bias = source.optional_operand(2)
+        if bias is None:
+            return [*tensors, -1]
+        products = (np.float64(self.format(x)[0]) * scales.astype(np.float64)).astype(np.float32)
+        integers = self.constant(bias).astype(np.int32)
+        return [*tensors, self.model.tensor(bias.name, integers.shape, np.int32, products, 0, 0, integers)]
 
-    def reshape(self, op: FixedReshape) -> None:
-        shape = self.numbers(f"{op.result.name}.shape", op.result.type.concrete(1))
-        self.writer.operator("RESHAPE", [self.of(op.operands[0]), shape], [self.of(op.result)])
+    def matmul(self, source: Op, op: Op) -> None:
+        assert isinstance(source, FixedMatMul)
+        a, b = source.operands[:2]
+        if b in self.graph.constants:
+            data = self.constant(b)
+            if data.ndim != 2:
+                raise NotTflite(f"{source.describe()}: constant weights of rank {data.ndim}")
+            operands = [self.read(a), *self.parameters(source, op, data.T, 0)]
+            activation = self.activation(op.result)
+            result = self.result(op.result)
+            self.model.operator("FULLY_CONNECTED", operands, [result], activation=activation, keep_num_dims=True)
+            return
+        if len(source.operands) > 2:
+            raise NotTflite(f"{source.describe()}: a product of two activations has no bias")
+        self.model.operator("BATCH_MATMUL", [self.read(a), self.read(b)], [self.plain(op)])
 
-    def transpose(self, op: FixedTranspose) -> None:
-        perm = self.numbers(f"{op.result.name}.perm", op.perm)
-        self.writer.operator("TRANSPOSE", [self.of(op.operands[0]), perm], [self.of(op.result)])
+    def mean(self, source: Op, op: Op) -> None:
+        assert isinstance(source, ReduceSum)
+        axes = self.integers(f"{op.result.name}.axes", source.axes)
+        operands = [self.read(source.operands[0]), axes]
+        self.model.operator("MEAN", operands, [self.plain(op)], keep_dims=source.keepdims)
 
-    def concat(self, op: FixedConcat) -> None:
-        self.writer.operator("CONCATENATION", [self.of(v) for v in op.operands], [self.of(op.result)], axis=op.axis)
+    def arithmetic(self, source: Op, op: Op) -> None:
+        """ADD and SUB read what stands before the requantize of each operand to the common scale."""
+        operands = list(source.operands)
+        if not isinstance(source, FixedMul):
+            makers = [self.graph.producers.get(v) for v in operands]
+            if not all(isinstance(m, Requantize) and m.input_shift for m in makers):
+                raise NotTflite(f"{source.describe()} does not add on a common scale")
+            operands = [m.operands[0] for m in makers if m is not None]
+        kind = "MUL" if isinstance(source, FixedMul) else "ADD" if isinstance(source, FixedAdd) else "SUB"
+        tensors = [self.read(v) for v in operands]
+        activation = self.activation(op.result)
+        self.model.operator(kind, tensors, [self.result(op.result)], activation=activation)
 
-    def pad(self, op: FixedPad) -> None:
+    # Ops that stand alone
+
+    def pool(self, op: Op) -> None:
+        """Padding of a maximum is written out with the least integer; of an average it must be what SAME does."""
+        assert isinstance(op, Pool2d)
+        if op.dilations != (1, 1):
+            raise NotTflite(f"{op.describe()} is dilated")
+        x, window = op.operands[0], op.window
+        source, kind, padding = self.read(x), "AVERAGE_POOL_2D", "VALID"
+        if isinstance(op, FixedMaxPool):
+            top, left, bottom, right = op.pads
+            source = self.padded(x, [(0, 0), (top, bottom), (left, right), (0, 0)], _LEAST)
+            kind = "MAX_POOL_2D"
+        elif not isinstance(op, FixedAveragePool) or op.rounding is not Rounding.HALF_AWAY:
+            raise NotTflite(f"{op.describe()} has no counterpart")
+        elif any(op.pads):
+            if op.pads != _same_pads(window, self.shape(x)[1:3]):
+                raise NotTflite(f"{op.describe()} has pads {list(op.pads)}, which SAME does not give")
+            padding = "SAME"
+        options = {
+            "filter_height": op.kernel[0],
+            "filter_width": op.kernel[1],
+            "stride_h": op.strides[0],
+            "stride_w": op.strides[1],
+        }
+        self.model.operator(kind, [source], [self.result(op.result)], padding=padding, **options)
+
+    def softmax(self, op: Op) -> None:
+        self.model.operator("SOFTMAX", [self.read(op.operands[0])], [self.plain(op)], beta=1.0)
+
+    def table(self, op: Op) -> None:
+        """The op of the typed graph that made the value of this name."""
+        name = op.result.name.removesuffix(".native")
+        if self.typed is None:
+            raise NotTflite(f"{op.describe()}: a table needs the typed graph to say what it holds")
+        made = self.typed.producers.get(self.typed.value(name))
+        operands, options = [self.read(op.operands[0])], {}
+        if isinstance(made, LeakyRelu):
+            options["alpha"] = made.alpha
+        elif isinstance(made, PRelu):
+            operands.append(self.slope(op.operands[0], made.operands[1]))
+        kind = _TABLES.get(type(made))
+        if kind is None:
+            raise NotTflite(f"{op.describe()} holds {made.describe() if made else 'an input'}")
+        self.model.operator(kind, operands, [self.plain(op)], **options)
+
+    def slope(self, x: Value, slope: Value) -> int:
+        """The slope of PRELU, along the last axis."""
+        assert self.typed is not None
+        element, data = slope.type.element, self.typed.constants[slope].data
+        integers = quantize_array(data, element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY).astype(np.int8).reshape(-1)
+        shape = (*(1,) * (x.type.rank - 2), integers.size) if x.type.rank > 2 else (integers.size,)
+        return self.tensor(slope.name, shape, slope, integers.reshape(shape))
+
+    def move(self, kind: str, op: Op, *constants: npt.ArrayLike, **options: Any) -> None:
+        """An op that copies integers; its further operands are constant int32 tensors."""
+        names = (f"{op.result.name}.{i}" for i in range(len(constants)))
+        tensors = [self.integers(n, c) for n, c in zip(names, constants, strict=True)]
+        operands = [*(self.read(v) for v in op.operands), *tensors]
+        self.model.operator(kind, operands, [self.result(op.result)], **options)
+
+    def reshape(self, op: Op) -> None:
+        self.move("RESHAPE", op, self.shape(op.result))
+
+    def transpose(self, op: Op) -> None:
+        assert isinstance(op, FixedTranspose)
+        self.move("TRANSPOSE", op, op.perm)
+
+    def concat(self, op: Op) -> None:
+        assert isinstance(op, FixedConcat)
+        self.move("CONCATENATION", op, axis=op.axis)
+
+    def gather(self, op: Op) -> None:
+        assert isinstance(op, FixedGather)
+        self.move("GATHER", op, op.indices.data, axis=op.axis)
+
+    def slice(self, op: Op) -> None:
+        """STRIDED_SLICE, whose end before the first element is said by a mask."""
+        assert isinstance(op, FixedSlice)
+        shape = self.shape(op.operands[0])
+        begin, end, step, mask = [0] * len(shape), list(shape), [1] * len(shape), 0
+        for start, stop, axis, stride in zip(op.starts, op.ends, op.axes, op.steps, strict=True):
+            begin[axis], end[axis], step[axis] = min(start, shape[axis] - 1) if stride < 0 else start, stop, stride
+            mask |= (stop < 0) << axis
+        self.move("STRIDED_SLICE", op, begin, [max(e, 0) for e in end], step, end_mask=mask)
+
+    def pad(self, op: Op) -> None:
+        assert isinstance(op, FixedPad)
         rank = op.result.type.rank
-        widths = self.numbers(f"{op.result.name}.pads", [[op.pads[i], op.pads[rank + i]] for i in range(rank)])
-        data = np.full(1, op.value, np.int8)
-        element = op.result.type.element
-        assert isinstance(element, AffineType)
-        fill = self.writer.tensor(
-            f"{op.result.name}.fill", (1,), np.int8, element.scale.data, element.zero_point.data, data=data
-        )
-        self.writer.operator("PADV2", [self.of(op.operands[0]), widths, fill], [self.of(op.result)])
+        pads = [(op.pads[i], op.pads[rank + i]) for i in range(rank)]
+        self.tensors[op.result] = self.padded(op.operands[0], pads, op.value)
 
-    def argmax(self, op: FixedArgMax) -> None:
-        axis = self.numbers(f"{op.result.name}.axis", op.axis)
-        self.writer.operator("ARG_MAX", [self.of(op.operands[0]), axis], [self.of(op.result)])
+    def argmax(self, op: Op) -> None:
+        """ARG_MAX gives int32 and never keeps the axis."""
+        assert isinstance(op, FixedArgMax)
+        if op.select_last_index:
+            raise NotTflite(f"{op.describe()} takes the last of equal elements")
+        operands = [self.read(op.operands[0]), self.integers(f"{op.result.name}.axis", op.axis)]
+        if not op.keepdims:
+            self.model.operator("ARG_MAX", operands, [self.result(op.result)])
+            return
+        shape = self.shape(op.result)
+        flat = self.tensor(f"{op.result.name}.flat", shape[: op.axis] + shape[op.axis + 1 :], op.result)
+        self.model.operator("ARG_MAX", operands, [flat])
+        target = self.integers(f"{op.result.name}.shape", shape)
+        self.model.operator("RESHAPE", [flat, target], [self.result(op.result)])
+
+
+def _same_pads(window: Window, spatial: Sequence[int]) -> tuple[int, ...]:
+    """The pads that SAME gives: as many outputs as strides fit, the smaller half before."""
+    totals = []
+    for axis, size in enumerate(spatial):
+        stride = window.strides[axis]
+        totals.append(max((-(-size // stride) - 1) * stride + window.extent(axis) - size, 0))
+    return (*(t // 2 for t in totals), *(t - t // 2 for t in totals))
+
+
+_RULES: Mapping[type[Op], Callable[[_Writer, Op], None]] = {
+    FixedArgMax: _Writer.argmax,
+    FixedAveragePool: _Writer.pool,
+    FixedConcat: _Writer.concat,
+    FixedGather: _Writer.gather,
+    FixedMaxPool: _Writer.pool,
+    FixedPad: _Writer.pad,
+    FixedReshape: _Writer.reshape,
+    FixedSlice: _Writer.slice,
+    FixedSoftmax: _Writer.softmax,
+    FixedTranspose: _Writer.transpose,
+    Requantize: _Writer.requantize,
+    Table: _Writer.table,
+}
+
+#: What makes the accumulator that a requantize reads.
+_ACCUMULATORS: Mapping[type[Op], Callable[[_Writer, Op, Op], None]] = {
+    Conv2d: _Writer.conv,
+    FixedMatMul: _Writer.matmul,
+    ReduceSum: _Writer.mean,
+    **dict.fromkeys((FixedAdd, FixedMul, FixedSub), _Writer.arithmetic),
+}
+
+_TABLES: Mapping[type[Op], str] = {
+    HardSwish: "HARD_SWISH",
+    LeakyRelu: "LEAKY_RELU",
+    PRelu: "PRELU",
+    Sigmoid: "LOGISTIC",
+    Tanh: "TANH",
+}

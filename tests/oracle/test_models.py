@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from models import PATHS, compiled, labelled_images
-from oracle.graph_to_tflite import to_tflite
+from oracle.graph_to_tflite import graph_to_tflite
 from oracle.tflite_writer import MicroRuntime
 
 from qir.interpreter import trace
@@ -23,7 +23,7 @@ def test_every_output_bit_is_that_of_tensorflow_lite_micro(name: str) -> None:
     x, _ = labelled_images()
     feeds = integer_feeds(model.program.graph, {"x": x[:1000]})
     ours = model.program.run_integer(feeds)["logits"]
-    runtime = MicroRuntime(to_tflite(model.program.graph, model.typed))
+    runtime = MicroRuntime(graph_to_tflite(model.program.graph, model.typed))
     theirs = np.concatenate([runtime.run(image[None])[0] for image in feeds["x"]])
     assert ours.shape == theirs.shape == (1000, 10)
     assert int((ours != theirs).sum()) == 0

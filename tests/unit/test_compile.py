@@ -92,21 +92,17 @@ def test_nothing_passed_in_is_changed(graph: qir.Graph) -> None:
 
 def test_overrides_reach_the_bit_widths(graph: qir.Graph) -> None:
     target = qir.load_target("arm-neon")
-    widths = {
-        "activations": replace(target.activations, bits=(8, 16)),
-        "weights": replace(target.weights, bits=(4, 8, 16)),
-    }
-    costs = {f"{w}x{a}": float(w * a) for w in (4, 8, 16) for a in (8, 16)}
-    wide = replace(target, **widths, costs=replace(target.costs, mac=costs))  # type: ignore[arg-type]
+    wide = replace(
+        target,
+        activations=replace(target.activations, bits=(8, 16)),
+        weights=replace(target.weights, bits=(4, 8, 16)),
+        costs=replace(target.costs, mac={f"{w}x{a}": float(w * a) for w in (4, 8, 16) for a in (8, 16)}),
+    )
     timing = qir.Timing()
-    qir.compile(graph, wide, FEEDS, overrides={"*": 8, "h": 16}, instruments=[timing], pipeline=_until_formats())
+    qir.compile(graph, wide, FEEDS, overrides={"*": 8, "r": 16}, instruments=[timing])
     assigned = next(r.after for r in timing.records if r.name == "assign-bit-widths")
     found = {v.name: v.storage.bits for v in assigned.values() if v.storage is not None}
-    assert found == {}
-
-
-def _until_formats() -> qir.Pipeline:
-    return qir.default_pipeline()
+    assert found == {"x": 8, "w": 16, "b": 32, "r": 16, "v": 8, "b.1": 32, "y": 8}
 
 
 def test_overrides_need_their_pass(graph: qir.Graph) -> None:
