@@ -26,6 +26,7 @@ class Array:
 
     def __init__(self, data: npt.ArrayLike, name: str = "") -> None:
         array = np.asarray(data)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)  # one byte order, so that equal text is equal
         if array.flags.writeable or not array.flags.c_contiguous:
             array = np.array(array, order="C")
             array.setflags(write=False)

@@ -12,7 +12,7 @@ from qir.errors import RunError
 from qir.fixed_point import Rounding
 from qir.interval import exact
 from qir.ir import Graph, Op, Stage, Value
-from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
+from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array, quantize_input
 from qir.types import BATCH, FloatType, TensorType, is_quantized, shape_text, storage_of
 
 Tensor = npt.NDArray[Any]
@@ -21,7 +21,8 @@ Tensor = npt.NDArray[Any]
 def interpret(graph: Graph, feeds: Mapping[str, npt.ArrayLike], *, unbounded: bool = False) -> dict[str, Tensor]:
     """The outputs by name.
 
-    Feeds are float32 reals for float inputs and raw integers for integer inputs; the same holds for the outputs.
+    Feeds are float32 reals for float inputs and raw integers for integer inputs; the same holds for the outputs. Reals
+    for an integer input are quantized as the graph states.
     At stage `typed` every result is rounded to its type's grid (simulated quantization). `unbounded` computes integers
     as Python ints throughout. Raises RunError when feeds do not fit.
     """
@@ -42,7 +43,7 @@ def evaluate(
     last_use = {value: op for op in graph.ops for value in op.operands}
     live: dict[Value, Tensor] = {}
     for value, array in check_feeds(graph.inputs, feeds).items():
-        live[value] = array if graph.stage is not Stage.TYPED else _on_grid(array, value)
+        live[value] = _entering(graph, value, array)
         yield value, live[value]
     for op in graph.ops:
         results = evaluate_op(op, [live[v] for v in op.operands], unbounded=unbounded)
@@ -55,6 +56,12 @@ def evaluate(
         for value in op.results:
             if value not in last_use:
                 live.pop(value, None)
+
+
+def _entering(graph: Graph, value: Value, array: Tensor) -> Tensor:
+    if graph.stage is Stage.FIXED:
+        return _stored(quantize_input(graph, value, array), value.type)
+    return _on_grid(array, value) if graph.stage is Stage.TYPED else array
 
 
 def evaluate_op(op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) -> tuple[Tensor, ...]:

@@ -44,12 +44,11 @@ ExactArray = npt.NDArray[Any]
 
 def exact(values: npt.ArrayLike) -> ExactArray:
     """Python ints in an object array, so that arithmetic on them never overflows."""
-    array = np.asarray(values)
-    if array.dtype == object:
-        return array
-    out = np.empty(array.shape, object)
-    out[...] = array.tolist() if array.ndim else int(array)
-    return out
+    if isinstance(values, np.ndarray):
+        return values.astype(object, copy=False)
+    listed = np.array(values, object)  # never by way of a common dtype, which is float64 for 1 and 2**63
+    listed[...] = np.frompyfunc(int, 1, 1)(listed)
+    return listed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -50,7 +51,7 @@ class Value:
     storage: IntegerType | None = None
 
     def __post_init__(self) -> None:
-        if self.range is not None and isinstance(self.range.lo, float | np.floating):
+        if self.range is not None and any(isinstance(e, float | np.floating) for e in (self.range.lo, self.range.hi)):
             outward = Interval(*(_outward_float32(float(e), s) for e, s in ((self.range.lo, -1), (self.range.hi, 1))))
             object.__setattr__(self, "range", outward)
 
@@ -192,11 +193,19 @@ def as_float32(value: float) -> float:
 Attribute = int | float | str | bool | tuple[int, ...] | tuple[float, ...]
 
 
+def _printable(value: Attribute) -> Attribute:
+    if isinstance(value, tuple):
+        return tuple(as_float32(v) if isinstance(v, float) else v for v in value)
+    return as_float32(value) if isinstance(value, float) else value
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """A program: inputs, ops in topological order, named outputs. Equal when everything that prints is equal.
 
-    `attributes` are numeric choices of the whole program, such as the rounding at its quantized inputs.
+    `attributes` are numeric choices of the whole program, such as the rounding at its quantized inputs; floats are
+    rounded to float32, as those of ops are. Raises QirError when the output names do not fit the outputs, or the name
+    of an attribute is no word.
     """
 
     name: str
@@ -211,6 +220,11 @@ class Graph:
     def __post_init__(self) -> None:
         if len(self.outputs) != len(self.output_names):
             raise QirError(f"graph @{self.name}: {len(self.outputs)} outputs but {len(self.output_names)} output names")
+        unprintable = next((k for k in self.attributes if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", k)), None)
+        if unprintable is not None:
+            raise QirError(f"graph @{self.name}: the name of the attribute {unprintable!r} is no word")
+        rounded = {k: _printable(v) for k, v in self.attributes.items()}
+        object.__setattr__(self, "attributes", MappingProxyType(rounded))
 
     @cached_property
     def producers(self) -> Mapping[Value, Op]:
@@ -300,10 +314,6 @@ class Graph:
 def _dot(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
-
-
-def _head(g: Graph) -> tuple[object, ...]:
-    return g.name, g.stage, g.output_names, g.target, dict(g.attributes), len(g.inputs), len(g.ops)
 
 
 def _equal(left: Graph, right: Graph) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def reshape_shape(source: Shape, target: Sequence[Dim]) -> Shape:
         raise QirError(
             f"a reshape from {shape_text(source)} to {shape_text(result)} does not keep the batch N in front"
         )
-    sizes = [int(np.prod([d for d in s if isinstance(d, int)], dtype=np.int64)) for s in (source, result)]
+    sizes = [math.prod(d for d in s if isinstance(d, int)) for s in (source, result)]
     if sizes[0] != sizes[1]:
         raise QirError(f"cannot reshape {shape_text(source)} to {shape_text(result)}: the element counts differ")
     return result

@@ -50,7 +50,7 @@ class ResourceNames:
         known = self._names.get(array.sha256)
         if known is not None:
             return known
-        hint = array.name or "constant"
+        hint = "constant" if array.name in ("", "__metadata__") else array.name  # safetensors keeps the latter to itself
         name, count = hint, 0
         while name in self.arrays:
             count += 1
@@ -172,7 +172,7 @@ def value_text(value: Any, names: ResourceNames) -> str:
     if isinstance(value, int | float):
         return number_text(value)
     if isinstance(value, str):
-        return value if re.fullmatch(r"[a-z_][a-z0-9_]*", value) else quote(value)
+        return value if re.fullmatch(r"(?!(?:true|false)$)[a-z_][a-z0-9_]*", value) else quote(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(number_text(v) for v in value) + "]"
     if isinstance(value, Interval):
@@ -206,9 +206,12 @@ def number_text(value: Any) -> str:
         return "1" if value else "0"
     if isinstance(value, int | np.integer):
         return str(int(value))
-    if isinstance(value, np.float64) and not isinstance(value, np.float32):
+    if isinstance(value, np.float64):
         return repr(float(value))
-    return str(np.float32(value))
+    single = np.float32(value)
+    text = str(single)
+    # Readers go by way of float64, and rounding twice can miss: 7.038531e-26 gives the neighbour, 7.0385307e-26 does not.
+    return text if np.float32(float(text)) == single or np.isnan(single) else f"{single:.9g}"
 
 
 def identifier(name: str) -> str:
@@ -217,5 +220,5 @@ def identifier(name: str) -> str:
 
 
 def quote(text: str) -> str:
-    """A JSON string: escapes are JSON's."""
-    return json.dumps(text, ensure_ascii=False)
+    """A JSON string: escapes are JSON's. A lone surrogate, which UTF-8 lacks, is escaped."""
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))

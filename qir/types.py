@@ -5,6 +5,7 @@ A type says what bits mean; how they were made (rounding, overflow) belongs to o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -100,7 +101,8 @@ class AffineType:
     """Integers q that stand for the reals `(q - zero_point) * scale`, per tensor (axis None) or along one axis.
 
     `scale` is a float32 array and `zero_point` an int64 array, both 0-d per tensor or 1-d per axis.
-    Raises QirError when a scale is not positive and finite, or the arrays do not fit the axis.
+    Raises QirError when a scale is not positive and finite, a zero point is outside the container of `storage`, or the
+    arrays are not of these dtypes or do not fit the axis.
     """
 
     storage: IntegerType
@@ -114,6 +116,13 @@ class AffineType:
             raise QirError("scale and zero point are scalars per tensor, or equally long 1-d arrays per axis")
         if not bool(np.all(np.isfinite(self.scale.data) & (self.scale.data > 0))):
             raise QirError("every scale must be positive and finite")
+        if (self.scale.data.dtype, self.zero_point.data.dtype) != (np.float32, np.int64):
+            raise QirError(
+                f"scales are float32 and zero points int64, not {self.scale.data.dtype} and {self.zero_point.data.dtype}"
+            )
+        low, high = container_bounds(self.storage.bits, self.storage.signed)
+        if any(not low <= zero <= high for zero in self.zero_point.data.reshape(-1).tolist()):
+            raise QirError(f"every zero point must lie in {self.storage.base_name}, which holds [{low}, {high}]")
 
     @property
     def parameters(self) -> Array:
@@ -132,7 +141,10 @@ class AffineType:
 
 @dataclass(frozen=True, slots=True)
 class FixedPointType:
-    """Integers q that stand for the reals `q * 2**exponent`; `exponent` is an int64 array, 0-d or along `axis`."""
+    """Integers q that stand for the reals `q * 2**exponent`; `exponent` is an int64 array, 0-d or along `axis`.
+
+    Raises QirError when a scale `2**exponent` is no float32, or the array is of another dtype or does not fit the axis.
+    """
 
     storage: IntegerType
     exponent: Array
@@ -141,6 +153,10 @@ class FixedPointType:
     def __post_init__(self) -> None:
         if self.exponent.data.ndim != (0 if self.axis is None else 1):
             raise QirError("an exponent is a scalar per tensor, or a 1-d array per axis")
+        if self.exponent.data.dtype != np.int64:
+            raise QirError(f"exponents are int64, not {self.exponent.data.dtype}")
+        if self.exponent.size and not -149 <= self.exponent.data.min() <= self.exponent.data.max() <= 127:
+            raise QirError("every exponent must lie in [-149, 127], so that float32 holds its power of two")
 
     @property
     def parameters(self) -> Array:
@@ -211,7 +227,7 @@ class TensorType:
             if dim == BATCH:
                 if place:
                     raise QirError(f"only the leading dimension can be the batch N, not dimension {place}")
-            elif not isinstance(dim, int) or dim < 0:
+            elif not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
                 raise QirError(f"a dimension is a non-negative integer or N, not {dim!r}")
         if isinstance(self.element, AffineType | FixedPointType) and self.element.axis is not None:
             axis, length = self.element.axis, self.element.parameters.size
@@ -231,7 +247,7 @@ class TensorType:
     @property
     def sample_size(self) -> int:
         """The number of elements, one sample of the batch counted."""
-        return int(np.prod([d for d in self.shape if isinstance(d, int)], dtype=np.int64))
+        return math.prod(d for d in self.shape if isinstance(d, int))
 
     def concrete(self, batch: int) -> tuple[int, ...]:
         """The shape with the batch filled in."""

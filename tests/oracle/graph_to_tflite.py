@@ -291,7 +291,7 @@ class _Writer:
         name = op.result.name.removesuffix(".native")
         if self.typed is None:
             raise NotTflite(f"{op.describe()}: a table needs the typed graph to say what it holds")
-        made = self.typed.producers.get(self.typed.value(name))
+        made = self.typed.producers[self.typed.value(name)]
         operands, options = [self.read(op.operands[0])], {}
         if isinstance(made, LeakyRelu):
             options["alpha"] = made.alpha
@@ -299,7 +299,7 @@ class _Writer:
             operands.append(self.slope(op.operands[0], made.operands[1]))
         kind = _TABLES.get(type(made))
         if kind is None:
-            raise NotTflite(f"{op.describe()} holds {made.describe() if made else 'an input'}")
+            raise NotTflite(f"{op.describe()} holds {made.describe()}")
         self.model.operator(kind, operands, [self.plain(op)], **options)
 
     def slope(self, x: Value, slope: Value) -> int:

@@ -241,8 +241,10 @@ class FixedMaker:
             storage = storage_of(element)
             assert storage is not None
             right = self.constant(self.numbers(storage, small[self.size(0, 2) :]), element)
-        else:
+        elif self.flag():
             right = self.input(*small)
+        else:
+            right = self.builder.input("same for all samples", TensorType(small, self.element()))
         operands = [left, right] if self.flag() else [right, left]
         attributes: dict[str, Any] = {"overflow": self.pick([Overflow.SATURATE, Overflow.SATURATE, Overflow.SATURATE_ZERO])}
         elements = [self.element((*STORAGES, S32))]
@@ -353,7 +355,7 @@ class FixedMaker:
                 case "add":
                     value = self.emit(FixedAdd, [value, value], elements=[S32], overflow=Overflow.SATURATE)
                 case "transpose":
-                    value = self.emit(FixedTranspose, [value], perm=(*range(value.type.rank - 2), value.type.rank - 2, value.type.rank - 1))
+                    value = self.emit(FixedTranspose, [value], perm=(0, *range(value.type.rank - 1, 0, -1)))
                 case "max" if value.type.rank == 4:
                     value = self.emit(FixedMaxPool, [value], kernel=(1, 1), strides=(1, 1), pads=(0,) * 4, dilations=(1, 1))
                 case "again":
@@ -367,11 +369,7 @@ class FixedMaker:
         outputs = [self.emitted[-1]]
         if self.flag():
             outputs.append(self.pick([*self.emitted, *self.builder.inputs]))
-        graph = self.builder.finish(outputs, ["y", "other"][: len(outputs)])
-        if self.flag():
-            storages = {v: storage_of(v.type.element) for v in graph.inputs}
-            assert all(s is not None for s in storages.values())
-        return proved(graph)
+        return proved(self.builder.finish(outputs, ["y", "other"][: len(outputs)]))
 
 
 def proved(graph: Graph) -> Graph:

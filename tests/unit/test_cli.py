@@ -21,7 +21,9 @@ from qir.pass_manager import no_progress
 from qir.report import pass_table, progress_bar
 
 ROOT = Path(__file__).parents[2]
-TEXT = "g (float[N, 1, 8, 8] x) => (float[N, 3] y) { h = Conv(x, w, b) r = Relu(h) p = GlobalAveragePool(r) y = Flatten(p) }"
+TEXT = """g (float[N, 1, 8, 8] x) => (float[N, 3] y) {
+    h = Conv(x, w, b) r = Relu(h) p = GlobalAveragePool(r) y = Flatten(p)
+}"""
 WEIGHTS: dict[str, Any] = {"w": random(3, 1, 5, 5, seed=1), "b": random(3, seed=2)}
 SAMPLES = random(70, 1, 8, 8)
 COMPILE = "compile model.onnx --target arm-neon --calibration calib.npz -o build"
@@ -82,6 +84,7 @@ def test_compile_replaces_what_it_wrote_before(build: Path) -> None:
 def test_each_pass_alone_gives_the_next_dump(here: Path) -> None:
     _run(f"{COMPILE} --dump-ir dumps")
     texts = sorted(Path("dumps").glob("*.qir"))
+    Path("again").mkdir()
     for before, after, item in zip(texts, texts[1:], qir.default_pipeline(), strict=False):
         _run(f"opt {before} --passes {item} --target arm-neon --calibration calib.npz -o again/{after.name}")
         assert (Path("again") / after.name).read_text() == after.read_text()
