@@ -141,7 +141,7 @@ def narrow(value: Integers, lo: int, hi: int, overflow: Overflow) -> Integers:
         case Overflow.SATURATE:
             return saturate(value, lo, hi)
         case Overflow.SATURATE_SYMMETRIC:
-            return saturate(value, max(lo, -hi), hi)
+            return saturate(value, *kept_bounds(lo, hi, overflow))
         case Overflow.SATURATE_ZERO:
             (value,) = _operands(value)
             return value * ((value >= lo) & (value <= hi))
@@ -152,6 +152,11 @@ def narrow(value: Integers, lo: int, hi: int, overflow: Overflow) -> Integers:
                     f"[{lo}, {hi}] is not the range of a whole number of bits, so values cannot wrap to it"
                 )
             return wrap(value, bits, signed=lo < 0)
+
+
+def kept_bounds(lo: int, hi: int, overflow: Overflow) -> tuple[int, int]:
+    """The bounds of what `narrow` to [lo, hi] leaves as it is: `saturate_symmetric` changes values below -hi too."""
+    return (max(lo, -hi) if overflow is Overflow.SATURATE_SYMMETRIC else lo), hi
 
 
 def round_half_away(value: Floats) -> Integers:

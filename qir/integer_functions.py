@@ -192,36 +192,6 @@ def prepare_leaky_relu(input_scale: Scale, alpha: Scale, output_scale: Scale) ->
     return rescale_multiplier(input_scale, output_scale), below
 
 
-def add(
-    input1: Integers,
-    zero_point1: int,
-    input2: Integers,
-    zero_point2: int,
-    parameters: AddParameters,
-    output_zero_point: int,
-) -> Integers:
-    """Add of two int8 tensors, which broadcast, by way of a common scale."""
-    total = _on_common_scale(input1 - zero_point1, parameters.input1) + _on_common_scale(
-        input2 - zero_point2, parameters.input2
-    )
-    return multiply_by_quantized_multiplier(total, *parameters.output) + output_zero_point
-
-
-def subtract(
-    input1: Integers,
-    zero_point1: int,
-    input2: Integers,
-    zero_point2: int,
-    parameters: AddParameters,
-    output_zero_point: int,
-) -> Integers:
-    """Sub of two int8 tensors, which broadcast, by way of a common scale."""
-    difference = _on_common_scale(input1 - zero_point1, parameters.input1) - _on_common_scale(
-        input2 - zero_point2, parameters.input2
-    )
-    return multiply_by_quantized_multiplier(difference, *parameters.output) + output_zero_point
-
-
 def softmax(x: Integers, parameters: SoftmaxParameters) -> Integers:
     """Softmax over the last axis, at scale 1/256 and zero point -128.
 
@@ -367,10 +337,6 @@ def _hard_swish_gate(fine: Integers, multiplier: int, shift: int) -> Integers:
     gate = saturating_rounding_doubling_high_mul(gate, multiplier, bits=16)
     gate = _shift_left_saturating(gate, 1, bits=16) if shift > 0 else rounding_divide_by_pot(gate, -shift)
     return (gate + (1 << 15)) >> 1
-
-
-def _on_common_scale(difference: Integers, factor: Multiplier) -> Integers:
-    return multiply_by_quantized_multiplier(difference << ADD_LEFT_SHIFT, *factor)
 
 
 def _inside(difference: Integers, parameters: SigmoidParameters) -> Integers:

@@ -50,7 +50,9 @@ class ResourceNames:
         known = self._names.get(array.sha256)
         if known is not None:
             return known
-        hint = "constant" if array.name in ("", "__metadata__") else array.name  # safetensors keeps the latter to itself
+        hint = (
+            "constant" if array.name in ("", "__metadata__") else array.name
+        )  # safetensors keeps the latter to itself
         name, count = hint, 0
         while name in self.arrays:
             count += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qir.errors import Diagnostic
-from qir.fixed_point import Overflow
+from qir.fixed_point import Overflow, kept_bounds
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
 from qir.types import storage_of
@@ -70,7 +70,7 @@ def overflow_room(op: Op) -> Interval | None:
     if not hasattr(op, "overflow"):
         return None
     accumulator = getattr(op, "accumulator", None) or storage_of(op.result.type.element)
-    return Interval(accumulator.lo, accumulator.hi) if accumulator is not None else None
+    return Interval(*kept_bounds(accumulator.lo, accumulator.hi, op.overflow)) if accumulator is not None else None
 
 
 def is_idle(op: Op, step: OpBounds | None) -> bool:

@@ -49,6 +49,8 @@ class Accumulating(Op):
             yield f"the result must be the accumulator, {self.accumulator}"
         if self.overflow not in (Overflow.WRAP, Overflow.SATURATE, Overflow.NONE):
             yield f"an accumulator wraps, saturates or is proved, it does not {self.overflow}"
+        if self.overflow is Overflow.WRAP and self.accumulator.is_narrowed:
+            yield f"sums cannot wrap to the bounds of {self.accumulator}, which are not those of its container"
 
     def accumulate(self, chain: Iterator[Tensor], start: Tensor, bias: Tensor | None) -> Tensor:
         """Sum `chain`, whose items are products in order, step by step where the steps matter."""

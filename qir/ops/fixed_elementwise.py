@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qir.fixed_point import Overflow, Rounding, narrow, round_divide
-from qir.interval import Bounds
+from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divide
+from qir.interval import Bounds, Interval
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import broadcast_shapes
 from qir.ops.accumulate import bits_of, centered, centre
-from qir.types import IntegerType, Shape, storage_of, zero_array
+from qir.types import ElementType, IntegerType, Shape, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
 
@@ -32,9 +32,8 @@ class Elementwise(Op):
         return (broadcast_shapes([v.type.shape for v in self.operands]),)
 
     def check(self) -> Iterator[str]:
-        """The result is of integers."""
-        if storage_of(self.result.type.element) is None:
-            yield "the result must be integers"
+        """The result is of integers, to which its values can be narrowed."""
+        yield from narrowing_faults(self.result.type.element, self.overflow)
 
     @property
     def storage(self) -> IntegerType:
@@ -74,8 +73,19 @@ def narrowed(free: Bounds, storage: IntegerType, overflow: Overflow) -> OpBounds
     hull = free.hull
     if overflow is Overflow.SATURATE or overflow is Overflow.NONE:
         return OpBounds((free.clamp(storage.lo, storage.hi),), None, hull)
-    fits = storage.lo <= hull.lo and hull.hi <= storage.hi
-    return OpBounds((free if fits else Bounds.of(storage.lo, storage.hi),), None, hull)
+    kept = Interval(*kept_bounds(storage.lo, storage.hi, overflow))
+    return OpBounds((free if kept.contains(hull) else Bounds.of(storage.lo, storage.hi),), None, hull)
+
+
+def narrowing_faults(element: ElementType, overflow: Overflow) -> Iterator[str]:
+    """What keeps values from being narrowed to the storage bounds of `element`, one sentence each."""
+    storage = storage_of(element)
+    if storage is None:
+        yield "the result must be integers"
+    elif overflow is Overflow.WRAP and storage.is_narrowed:
+        yield f"values cannot wrap to the bounds of {storage}, which are not those of its container"
+    elif overflow is Overflow.SATURATE_ZERO and not storage.lo <= 0 <= storage.hi:
+        yield f"values cannot become 0 within the bounds of {storage}"
 
 
 class FixedAdd(Elementwise):

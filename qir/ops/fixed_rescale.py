@@ -16,6 +16,7 @@ from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requanti
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre
+from qir.ops.fixed_elementwise import narrowed, narrowing_faults
 from qir.types import (
     F32,
     AffineType,
@@ -78,8 +79,7 @@ class Requantize(Op):
             yield "a rounding mode belongs to the form shift, and only to it"
         if bool((self.multiplier.data < 0).any()):
             yield "multipliers are not negative"
-        if storage_of(self.result.type.element) is None:
-            yield "the result must be integers"
+        yield from narrowing_faults(self.result.type.element, self.overflow)
 
     def intermediate_bits(self) -> int:
         """The product with a 31-bit multiplier, or the shifted operand."""
@@ -107,9 +107,8 @@ class Requantize(Op):
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The images of the ends: each form is monotonic as long as no left shift wraps."""
         x, storage = centered(self.operands[0].type, operands[0]), self.storage
-        whole = OpBounds((Bounds.of(storage.lo, storage.hi),))
         if self._may_wrap(x.hull):
-            return whole
+            return OpBounds((Bounds.of(storage.lo, storage.hi),))
         ends = []
         for end in (x.lo, x.hi):
             values = end.astype(np.int64) if self.form in _FLOAT_FORMS else end
@@ -117,11 +116,7 @@ class Requantize(Op):
         channels = max(e.shape[0] for e in ends)
         if channels == 1 and self.multiplier.data.ndim == 0 and x.channels is None:
             ends = [e[0] for e in ends]
-        free = Bounds.of(ends[0], ends[1])
-        if self.overflow in (Overflow.SATURATE, Overflow.NONE):
-            return OpBounds((free.clamp(storage.lo, storage.hi),), None, free.hull)
-        fits = storage.lo <= free.hull.lo and free.hull.hi <= storage.hi
-        return OpBounds((free,) if fits else whole.results, None, free.hull)
+        return narrowed(Bounds.of(ends[0], ends[1]), storage, self.overflow)
 
     def _may_wrap(self, x: Interval) -> bool:
         """Whether the 32-bit left shift of the TFLite forms can wrap, which would break monotonicity."""

@@ -232,10 +232,14 @@ def elementwise(kind: str, left: tuple[float, int], right: tuple[float, int], ou
     (s1, z1), (s2, z2), (so, zo) = left, right, out
     a, b = (x.astype(np.int64) for x in PAIRS)
     product = functions.product_multiplier(s1, s2, so)
-    if kind == "ADD":
-        result = functions.add(a, z1, b, z2, functions.prepare_add(s1, s2, so), zo)
-    elif kind == "SUB":
-        result = functions.subtract(a, z1, b, z2, functions.prepare_add(s1, s2, so), zo)
+    if kind in ("ADD", "SUB"):
+        first, second, output = functions.prepare_add(s1, s2, so)
+        common1, common2 = (
+            requantize((x - z) << functions.ADD_LEFT_SHIFT, *factor, RequantizeForm.DOUBLE_ROUND)
+            for x, z, factor in ((a, z1, first), (b, z2, second))
+        )
+        total = common1 + common2 if kind == "ADD" else common1 - common2
+        result = requantize(total, *output, RequantizeForm.DOUBLE_ROUND) + zo
     elif kind == "MUL":
         result = requantize((a - z1) * (b - z2), *product, RequantizeForm.DOUBLE_ROUND) + zo
     else:

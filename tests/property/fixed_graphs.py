@@ -124,7 +124,9 @@ class FixedMaker:
                 return self.random.choice(ends, shape)
         return self.random.integers(lo, hi, shape, storage.dtype, endpoint=True)
 
-    def input(self, *shape: int, storages: Sequence[IntegerType] = STORAGES, element: ElementType | None = None) -> Value:
+    def input(
+        self, *shape: int, storages: Sequence[IntegerType] = STORAGES, element: ElementType | None = None
+    ) -> Value:
         name = f"x{len(self.builder.inputs)}"
         kind = self.element(storages) if element is None else element
         return self.builder.input(name, TensorType((*self.lead, *shape), kind))
@@ -151,10 +153,18 @@ class FixedMaker:
             "order": self.pick(list(Order)),
         }
 
+    def overflow(self, kept: IntegerType) -> Overflow:
+        """How values are narrowed to this storage: mostly by saturation, else by any mode that it allows."""
+        modes = [Overflow.SATURATE] * 5 + [Overflow.SATURATE_SYMMETRIC]
+        modes += [Overflow.SATURATE_ZERO] if kept.lo <= 0 <= kept.hi else []
+        return Overflow(self.pick(modes if kept.is_narrowed else [*modes, Overflow.WRAP]))
+
     # One op each
 
     def conv(self, **accumulator: Any) -> Value:
-        groups, per_group, multiple = self.pick([(1, 3, 5), (1, 1, 1), (1, 4, 2), (2, 3, 2), (3, 1, 1), (5, 1, 1), (2, 1, 3)])
+        groups, per_group, multiple = self.pick(
+            [(1, 3, 5), (1, 1, 1), (1, 4, 2), (2, 3, 2), (3, 1, 1), (5, 1, 1), (2, 1, 3)]
+        )
         height, width = self.size(1, 5), self.size(1, 5)
         kernel = tuple(self.pick([(1, 1), (2, 1), (3, 3), (1, 3), (2, 2)]))
         dilations = (self.size(1, 2), self.size(1, 2))
@@ -212,13 +222,14 @@ class FixedMaker:
         assert storage is not None
         count = () if self.flag() else (int(x.type.shape[-1]),)
         shift = self.random.integers(-31, 16, count) if self.flag() else self.random.integers(-9, 2, count)
-        multiplier = self.random.choice([1 << 30, 3 << 29, (1 << 31) - 1, self.random.integers(1 << 30, 1 << 31)], count)
+        multiplier = self.random.choice(
+            [1 << 30, 3 << 29, (1 << 31) - 1, self.random.integers(1 << 30, 1 << 31)], count
+        )
         if form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
             multiplier = np.ldexp(self.random.choice([1.0, 1.5, self.random.uniform(1, 2)], count), shift)
         result = self.element()
         kept = storage_of(result)
         assert kept is not None
-        overflows = [Overflow.SATURATE] * 4 + [Overflow.SATURATE_ZERO, Overflow.SATURATE_SYMMETRIC]
         return self.emit(
             Requantize,
             [x],
@@ -228,7 +239,7 @@ class FixedMaker:
             form=form,
             rounding=self.pick(list(Rounding)) if form is RequantizeForm.SHIFT else None,
             input_shift=self.pick([0, 0, 7]) if storage.bits <= 24 else 0,
-            overflow=self.pick(overflows if kept.is_narrowed else [*overflows, Overflow.WRAP]),
+            overflow=self.overflow(kept),
         )
 
     def arithmetic(self, op_class: type[Op]) -> Value:
@@ -246,12 +257,14 @@ class FixedMaker:
         else:
             right = self.builder.input("same for all samples", TensorType(small, self.element()))
         operands = [left, right] if self.flag() else [right, left]
-        attributes: dict[str, Any] = {"overflow": self.pick([Overflow.SATURATE, Overflow.SATURATE, Overflow.SATURATE_ZERO])}
-        elements = [self.element((*STORAGES, S32))]
+        result = self.element((*STORAGES, S32))
+        kept = storage_of(result)
+        assert kept is not None
+        attributes: dict[str, Any] = {"overflow": self.overflow(kept)}
         if op_class is FixedDiv:
             attributes["multiplier"] = self.pick([*_POWERS[28:], (1 << 31) - 1, 0x5A5A5A5A])
             attributes["shift"] = self.pick([0, -3, 4, 31])
-        return self.emit(op_class, operands, elements=elements, **attributes)
+        return self.emit(op_class, operands, elements=[result], **attributes)
 
     def table(self) -> Value:
         x = self.input(self.size(), self.size(), storages=(S8, U8, S4, S8.narrowed(3, 17)))
@@ -357,7 +370,9 @@ class FixedMaker:
                 case "transpose":
                     value = self.emit(FixedTranspose, [value], perm=(0, *range(value.type.rank - 1, 0, -1)))
                 case "max" if value.type.rank == 4:
-                    value = self.emit(FixedMaxPool, [value], kernel=(1, 1), strides=(1, 1), pads=(0,) * 4, dilations=(1, 1))
+                    value = self.emit(
+                        FixedMaxPool, [value], kernel=(1, 1), strides=(1, 1), pads=(0,) * 4, dilations=(1, 1)
+                    )
                 case "again":
                     value = self.rescale(acc)
                 case _:
