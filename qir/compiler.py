@@ -70,7 +70,8 @@ def _with_overrides(pipeline: Pipeline, overrides: Mapping[str, int]) -> Pipelin
     """The pipeline whose assign-bit-widths also knows these. Raises PassError where the pipeline has no such pass."""
     if not overrides:
         return pipeline
-    old = pipeline[pipeline.position(AssignBitWidths.name)]
-    assert isinstance(old, AssignBitWidths)
+    old = next((p for p in pipeline if isinstance(p, AssignBitWidths)), None)
+    if old is None:
+        raise PassError(f"overrides are for {AssignBitWidths.name}, which the pipeline lacks; it runs {pipeline}")
     added = tuple(f"{pattern}:{bits}" for pattern, bits in overrides.items())
     return pipeline.replace(old.name, replace(old, override=(*old.override, *added)))

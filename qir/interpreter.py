@@ -61,7 +61,9 @@ def evaluate(
 def _entering(graph: Graph, value: Value, array: Tensor) -> Tensor:
     if graph.stage is Stage.FIXED:
         return _stored(quantize_input(graph, value, array), value.type)
-    return _on_grid(array, value) if graph.stage is Stage.TYPED else array
+    if graph.stage is Stage.TYPED and is_quantized(value.type.element):
+        return _on_grid(array, value) if array.dtype.kind == "f" else dequantize_array(array, value.type.element)
+    return array
 
 
 def evaluate_op(op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) -> tuple[Tensor, ...]:
@@ -110,7 +112,7 @@ def check_feeds(inputs: Sequence[Value], feeds: Mapping[str, npt.ArrayLike]) -> 
     arrays: dict[Value, Tensor] = {}
     batch: int | None = None
     for value in inputs:
-        array = _check_feed(value, np.asarray(feeds[value.name]))
+        array = _check_feed(value, _as_array(value, feeds[value.name]))
         if value.type.is_batched:
             if batch not in (None, array.shape[0]):
                 raise RunError(f"input {value.name!r} has a batch of {array.shape[0]}, another input one of {batch}")
@@ -119,20 +121,29 @@ def check_feeds(inputs: Sequence[Value], feeds: Mapping[str, npt.ArrayLike]) -> 
     return arrays
 
 
+def _as_array(value: Value, feed: npt.ArrayLike) -> Tensor:
+    try:
+        return np.asarray(feed)
+    except ValueError as fault:
+        raise RunError(f"input {value.name!r} is no array: {fault}") from fault
+
+
 def _check_feed(value: Value, array: Tensor) -> Tensor:
     shape = value.type.shape
     fits = array.ndim == len(shape) and all(d in (BATCH, s) for d, s in zip(shape, array.shape, strict=True))
     if not fits:
-        raise RunError(f"input {value.name!r} has shape {shape_text(array.shape)}, expected {shape_text(shape)}")
+        found, wanted = (shape_text(s) or "()" for s in (array.shape, shape))
+        raise RunError(f"input {value.name!r} has shape {found}, expected {wanted}")
     storage = storage_of(value.type.element)
     if isinstance(value.type.element, FloatType) or array.dtype.kind == "f":
         if array.dtype.kind not in "fiu":
             raise RunError(f"input {value.name!r} is of {array.dtype}, expected float32")
         if array.dtype.kind == "f" and storage is not None and not is_quantized(value.type.element):
             raise RunError(f"input {value.name!r} is of {array.dtype}, expected integers of {storage}")
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise RunError(f"input {value.name!r} holds NaN or infinity")
+            raise RunError(f"input {value.name!r} holds NaN, infinity or what is beyond float32")
         return array
     if array.dtype.kind not in "iub" or storage is None:
         raise RunError(f"input {value.name!r} is of {array.dtype}, expected integers of {storage}")

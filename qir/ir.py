@@ -103,6 +103,13 @@ class Op:
             return len(cls.operand_names), None
         return sum(not n.endswith("?") for n in cls.operand_names), len(cls.operand_names)
 
+    def check_operand_count(self) -> None:
+        """Raises QirError when there are too few operands or too many."""
+        least, most = self.operand_limits()
+        if len(self.operands) < least or (most is not None and len(self.operands) > most):
+            expected = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
+            raise QirError(f"takes {expected} operands, not {len(self.operands)}")
+
     def describe(self) -> str:
         """The op and its place, for messages: `Conv %3 (from node "conv1")`."""
         results = ", ".join(f"%{r.name}" for r in self.results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import re
 import types
 import typing
@@ -42,12 +43,14 @@ _TOKEN = re.compile(
   | (?P<name>[%@](?:[A-Za-z0-9_][A-Za-z0-9_.$-]*|"(?:[^"\\\n]|\\.)*"))
   | (?P<string>"(?:[^"\\\n]|\\.)*")
   | (?P<shape>(?:N|\d+)(?:x\d+)+(?![\w.]))
-  | (?P<number>-?(?:inf\b|\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![\w]))
+  | (?P<number>-?(?:inf\b|nan\b|\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![\w]))
   | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
   | (?P<symbol>[{}()\[\]<>=,:^])
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
+#: Longer numbers are refused: no float needs as many characters, and no sum of products of 64-bit integers.
+_LONGEST_NUMBER: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,20 @@ class _Parser:
             items.append(item())
         return items
 
+    def pairs(self, item: Callable[[], tuple[str, T]]) -> dict[str, T]:
+        """Named items separated by commas up to the closing brace."""
+        found: dict[str, T] = {}
+
+        def add() -> None:
+            token = self.token
+            name, value = item()
+            if name in found:
+                self.fail(f"'{name}' is given twice", token)
+            found[name] = value
+
+        self.listed(add, "}")
+        return found
+
     def guarded(self, token: Token, make: Callable[[], T]) -> T:
         """What `make` builds; its complaint becomes an error at `token`."""
         try:
@@ -185,7 +202,7 @@ class _Parser:
             self.expect("=")
             string = self.take("string", "a target name in quotes")
             target = self.unquote(string.text, string)
-        attributes = dict(self.listed(self.graph_attribute, "}")) if self.accept("{") else {}
+        attributes = self.pairs(self.graph_attribute) if self.accept("{") else {}
         self.expect("(")
         inputs = tuple(self.listed(self.graph_input, ")"))
         self.expect("{")
@@ -282,11 +299,9 @@ class _Parser:
         )
 
     def attributes(self, op_class: type[Op]) -> dict[str, Any]:
-        kinds = attribute_kinds(op_class)
-        found: dict[str, Any] = {}
+        kinds = {name: kind for name, kind in attribute_kinds(op_class).items() if name != "partial"}
         at = self.token
-        if self.accept("{"):
-            found = dict(self.listed(lambda: self.attribute(op_class, kinds), "}"))
+        found = self.pairs(lambda: self.attribute(op_class, kinds)) if self.accept("{") else {}
         for field in fields(op_class):
             required = field.default is MISSING and field.default_factory is MISSING
             if required and field.name in kinds and field.name not in found:
@@ -314,7 +329,7 @@ class _Parser:
         if kind is int:
             return self.integer()
         if kind is float:
-            return float(self.any_number())
+            return self.real()
         if kind is Array:
             return self.array()
         if kind is IntegerType:
@@ -327,7 +342,7 @@ class _Parser:
                 self.place += 1
                 return self.unquote(token.text, token)
             return self.take("word", "a word or a string").text
-        raise QirError(f"attributes of kind {kind} cannot be parsed")
+        self.fail(f"attributes of kind {kind} have no text form")
 
     def one_of(self, words: Iterable[str]) -> str:
         token = self.take("word", "a word")
@@ -338,10 +353,25 @@ class _Parser:
     # Numbers and arrays
 
     def number(self, token: Token) -> int | float:
-        return int(token.text) if re.fullmatch(r"-?\d+", token.text) else float(token.text)
+        if len(token.text) > _LONGEST_NUMBER:
+            self.fail(f"a number takes at most {_LONGEST_NUMBER} characters, not {len(token.text)}", token)
+        if re.fullmatch(r"-?\d+", token.text):
+            return int(token.text)
+        value = float(token.text)
+        if math.isinf(value) and "inf" not in token.text:
+            self.fail(f"'{token.text}' is beyond float64", token)
+        return value
 
     def any_number(self) -> int | float:
         return self.number(self.take("number", "a number"))
+
+    def real(self) -> float:
+        token = self.token
+        value = float(self.any_number())
+        single = as_float32(value)
+        if math.isinf(single) and "inf" not in token.text:
+            self.fail(f"'{token.text}' is beyond float32", token)
+        return single
 
     def integer(self) -> int:
         token = self.take("number", "an integer")
@@ -352,12 +382,14 @@ class _Parser:
 
     def interval(self) -> Interval:
         token = self.expect("[")
-        lo = self.any_number()
+        lo = self.end()
         self.expect(",")
-        hi = self.any_number()
+        hi = self.end()
         self.expect("]")
-        ends = [as_float32(e) if isinstance(e, float) else e for e in (lo, hi)]  # the text is float32's shortest
-        return self.guarded(token, lambda: Interval(*ends))
+        return self.guarded(token, lambda: Interval(lo, hi))
+
+    def end(self) -> int | float:
+        return self.integer() if re.fullmatch(r"-?\d+", self.token.text) else self.real()
 
     def array(self) -> Array:
         if self.token.kind == "name":
@@ -371,12 +403,24 @@ class _Parser:
 
     def numbers(self, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> Array:
         token = self.expect("[")
-        items = self.listed(self.any_number, "]")
-        try:
-            data = np.array(items, dtype)
-            return Array(data if shape is None else data.reshape(shape))
-        except (ValueError, OverflowError) as fault:
-            self.fail(f"bad array: {fault}", token)
+        data = self.elements(self.listed(self.any_number, "]"), dtype, token)
+        if shape is not None and math.prod(shape) != data.size:
+            self.fail(f"bad array: {data.size} numbers do not fit the shape {list(shape)}", token)
+        return Array(data if shape is None else data.reshape(shape))
+
+    def elements(self, items: list[int | float], dtype: np.dtype[Any], token: Token) -> np.ndarray[Any, np.dtype[Any]]:
+        """Numbers in a dtype that holds them."""
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                data = np.array(items, np.float64).astype(dtype)
+            exact = np.isinf(data) == [math.isinf(i) for i in items]
+        else:
+            low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+            exact = np.array([isinstance(i, int) and low <= i <= high for i in items], bool)
+            data = np.array(items, dtype) if exact.all() else np.empty(0, dtype)
+        if not exact.all():
+            self.fail(f"bad array: {items[int(np.argmin(exact))]} is no {DTYPE_WORDS[dtype.name]}", token)
+        return data
 
     def parameter(self, dtype: type[np.generic]) -> Array:
         """A scale, zero point or exponent: a number, a list or a resource."""
@@ -384,7 +428,8 @@ class _Parser:
             return self.resource()
         if self.peek("["):
             return self.numbers(np.dtype(dtype), None)
-        return Array(np.asarray(self.any_number(), dtype))
+        token = self.token
+        return Array(self.elements([self.any_number()], np.dtype(dtype), token).reshape(()))
 
     def resource(self) -> Array:
         token = self.token
@@ -411,7 +456,10 @@ class _Parser:
         self.expect("{")
         found: dict[str, Array | str] = {}
         while not self.accept("}"):
+            token = self.token
             name, made = self._declaration()
+            if name in found:
+                self.fail(f"@{name} is listed twice", token)
             found[name] = made
         if self.token.kind != "end":
             self.fail(f"expected the end of the text, found '{self.token.text}'")
@@ -438,7 +486,7 @@ class _Parser:
                 f"{where}: the sidecar's array has hash {array.sha256[:12]}..., the text states {stated[:12]}...; "
                 "the sidecar was changed or belongs to another text"
             )
-        return name, Array(array.data, name)
+        return name, array if array.name == name else Array(array.data, name)
 
     # Types
 
@@ -447,7 +495,7 @@ class _Parser:
         if token.kind not in ("shape", "number") and token.text != BATCH:
             self.fail(f"expected a shape such as Nx8x8x16, found '{token.text}'")
         self.place += 1
-        if not re.fullmatch(r"(?:N|\d+)(?:x\d+)*", token.text):
+        if not re.fullmatch(r"(?:N|\d{1,18})(?:x\d{1,18})*", token.text):
             self.fail(f"bad shape '{token.text}'", token)
         return tuple(BATCH if d == BATCH else int(d) for d in token.text.split("x"))
 
@@ -494,7 +542,7 @@ class _Parser:
 
     def integer_type(self) -> IntegerType:
         token = self.take("word", "an element type such as f32, s8 or u4")
-        match = re.fullmatch(r"([su])(\d+)", token.text)
+        match = re.fullmatch(r"([su])(\d{1,3})", token.text)
         if match is None:
             self.fail(f"expected an element type such as f32, s8 or u4, found '{token.text}'", token)
         kind = self.guarded(token, lambda: integer(int(match[2]), match[1] == "s"))

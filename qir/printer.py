@@ -174,7 +174,7 @@ def value_text(value: Any, names: ResourceNames) -> str:
     if isinstance(value, int | float):
         return number_text(value)
     if isinstance(value, str):
-        return value if re.fullmatch(r"(?!(?:true|false)$)[a-z_][a-z0-9_]*", value) else quote(value)
+        return value if re.fullmatch(r"(?!(?:true|false|inf|nan)$)[a-z_][a-z0-9_]*", value) else quote(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(number_text(v) for v in value) + "]"
     if isinstance(value, Interval):
@@ -212,7 +212,7 @@ def number_text(value: Any) -> str:
         return repr(float(value))
     single = np.float32(value)
     text = str(single)
-    # Readers go by way of float64, and rounding twice can miss: 7.038531e-26 gives the neighbour, 7.0385307e-26 does not.
+    # Readers go by way of float64, and rounding twice can miss: 7.038531e-26 becomes the neighbour of 7.03853069e-26.
     return text if np.float32(float(text)) == single or np.isnan(single) else f"{single:.9g}"
 
 

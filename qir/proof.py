@@ -13,6 +13,7 @@ from qir.errors import Diagnostic
 from qir.fixed_point import Overflow, kept_bounds
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
+from qir.ops.constant import Const
 from qir.types import storage_of
 
 _FLOAT_PLACEHOLDER = Bounds.of(0, 0)
@@ -48,7 +49,9 @@ def prove(graph: Graph) -> Proof:
             step = op.bounds([bounds.get(v, _FLOAT_PLACEHOLDER) for v in op.operands])
         if step is not None:
             steps[op] = step
-            bounds.update(zip(op.results, step.results, strict=True))
+            # The data of a constant are not those of what an op moves or picks from it.
+            found = step.results if isinstance(op, Const) else [Bounds(b.lo, b.hi) for b in step.results]
+            bounds.update(zip(op.results, found, strict=True))
             continue
         for value in op.results:
             _whole_range(value, bounds)
@@ -80,10 +83,17 @@ def is_idle(op: Op, step: OpBounds | None) -> bool:
 
 
 def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
-    """Every fact that the graph states and the proof does not support."""
+    """Every fact that the graph states and the proof does not support; the type of a value is such a fact."""
     for value in graph.values():
-        proved = proof.interval(value)
-        if value.range is None or proved is None:
+        proved, storage = proof.interval(value), storage_of(value.type.element)
+        if proved is None or storage is None:
+            continue
+        if not storage.lo <= proved.lo <= proved.hi <= storage.hi and value.type.sample_size:
+            message = (
+                f"is {storage}, but [{proved.lo}, {proved.hi}] is what is proved; widen it, or requantize first"
+            )
+            yield Diagnostic(f"%{value.name}", message)
+        if value.range is None:
             continue
         if not (isinstance(value.range.lo, int) and isinstance(value.range.hi, int)):
             yield Diagnostic(f"%{value.name}", "a range at stage fixed is of integers")

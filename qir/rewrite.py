@@ -23,18 +23,15 @@ class GraphBuilder:
         self.inputs: list[Value] = []
         self.ops: list[Op] = []
         self._taken: set[str] = set()
-        self._next = 0
+        self._next: dict[str, int] = {}  # the next number to try, for each hint
 
     def fresh(self, hint: str = "") -> str:
         """`hint` when it is free, else a name derived from it; numbers where there is no hint."""
-        name, count = hint, 0
+        name = hint
         while not name or name in self._taken:
-            if hint:
-                count += 1
-                name = f"{hint}.{count}"
-            else:
-                name = str(self._next)
-                self._next += 1
+            number = self._next.get(hint, 1 if hint else 0)
+            self._next[hint] = number + 1
+            name = f"{hint}.{number}" if hint else str(number)
         self._taken.add(name)
         return name
 
@@ -84,6 +81,7 @@ class GraphBuilder:
         """
         bare = op_class(operands=tuple(operands), location=location, **attributes)
         try:
+            bare.check_operand_count()
             if types is None:
                 shapes = bare.infer()
                 found = elements or bare.infer_elements() or (F32,) * len(shapes)

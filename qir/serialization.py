@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -23,6 +26,10 @@ from qir.errors import QirError, ResourceError
 from qir.ir import Graph
 from qir.parser import parse
 from qir.printer import print_graph, resources
+
+
+#: Names are quoted without line breaks, so nothing else in a text can start a line like this.
+_SIDECAR: Final = re.compile(r'^[ \t]*resources[ \t]*("(?:[^"\\\n]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")', re.MULTILINE)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -65,13 +72,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        old = temporary.with_name(f"{temporary.name}.old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`, or leave both as they are."""
+    old = new.with_name(f"{new.name}.old")
+    try:
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    except OSError as fault:
+        raise QirError(f"cannot replace {path}: {fault.strerror}; choose another output folder") from fault
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(path: Path) -> bool:
@@ -110,8 +130,8 @@ def read_graph(path: str | Path) -> Graph:
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise QirError(f"cannot read {path}: {reason}") from fault
-    match = re.search(r'^resources "([^"\n]*)" \{$', text, re.MULTILINE)
-    return parse(text, _read_sidecar(path, match[1]) if match else None, str(path))
+    match = _SIDECAR.search(text)
+    return parse(text, _read_sidecar(path, json.loads(match[1])) if match else None, str(path))
 
 
 def _read_sidecar(path: Path, name: str) -> dict[str, Array]:
@@ -121,6 +141,11 @@ def _read_sidecar(path: Path, name: str) -> dict[str, Array]:
     if not sidecar.is_file():
         raise ResourceError(f"{path}: its sidecar {sidecar} is missing; keep the two files together")
     try:
-        return {key: Array(data, key) for key, data in load_file(sidecar).items()}
-    except (SafetensorError, OSError) as fault:
+        return {key: Array(_frozen(data), key) for key, data in load_file(sidecar).items()}
+    except (SafetensorError, OSError, TypeError) as fault:  # TypeError: an element type that NumPy lacks
         raise ResourceError(f"{sidecar}: not a readable safetensors file: {fault}") from fault
+
+
+def _frozen(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    data.setflags(write=False)  # nobody else holds it, so that Array need not copy it
+    return data

@@ -116,10 +116,9 @@ class AffineType:
             raise QirError("scale and zero point are scalars per tensor, or equally long 1-d arrays per axis")
         if not bool(np.all(np.isfinite(self.scale.data) & (self.scale.data > 0))):
             raise QirError("every scale must be positive and finite")
-        if (self.scale.data.dtype, self.zero_point.data.dtype) != (np.float32, np.int64):
-            raise QirError(
-                f"scales are float32 and zero points int64, not {self.scale.data.dtype} and {self.zero_point.data.dtype}"
-            )
+        dtypes = self.scale.data.dtype, self.zero_point.data.dtype
+        if dtypes[0] != np.float32 or dtypes[1] != np.int64:
+            raise QirError(f"scales are float32 and zero points int64, not {dtypes[0]} and {dtypes[1]}")
         low, high = container_bounds(self.storage.bits, self.storage.signed)
         if any(not low <= zero <= high for zero in self.zero_point.data.reshape(-1).tolist()):
             raise QirError(f"every zero point must lie in {self.storage.base_name}, which holds [{low}, {high}]")

@@ -18,7 +18,7 @@ from qir.errors import Diagnostic, QirError, VerifyError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
 from qir.proof import Proof, false_claims, prove
-from qir.types import FloatType, is_quantized, shape_text
+from qir.types import ElementType, FloatType, is_quantized, shape_text
 
 
 def verify(graph: Graph, proof: Proof | None = None) -> None:
@@ -79,42 +79,47 @@ def _op(graph: Graph, op: Op) -> Iterator[str]:
     if graph.stage not in op.stages and not (graph.stage is Stage.FIXED and op.is_float):
         yield f"{op.mnemonic} does not belong at stage {graph.stage}"
         return
-    least, most = op.operand_limits()
-    if len(op.operands) < least or (most is not None and len(op.operands) > most):
-        expected = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
-        yield f"takes {expected} operands, not {len(op.operands)}"
-        return
     try:
+        op.check_operand_count()
         shapes = op.infer()
-        elements = op.infer_elements() if graph.stage is Stage.FIXED else None
+        elements = op.infer_elements()
     except QirError as fault:
         yield str(fault)
         return
     if len(shapes) != len(op.results):
-        yield f"has {len(shapes)} results, not {len(op.results)}"
+        yield f"makes {len(shapes)} results, not {len(op.results)}"
         return
     for place, (value, shape) in enumerate(zip(op.results, shapes, strict=True)):
         if value.type.shape != shape:
             yield f"%{value.name} has shape {shape_text(value.type.shape)}, the op makes {shape_text(shape)}"
             return
-        if elements is not None and isinstance(elements[place], FloatType) != isinstance(value.type.element, FloatType):
-            yield f"%{value.name} has the wrong kind of element type"
+        element = value.type.element
+        if elements is not None:
+            is_right = _is_real(graph, elements[place]) == _is_real(graph, element)
+        else:
+            is_right = not op.is_float or isinstance(op, Const) or _is_real(graph, element)
+        if not is_right:
+            yield f"%{value.name} is {'reals' if _is_real(graph, element) else 'integers'}, the op makes the other"
             return
         for message in _value(graph, value):
             yield f"%{value.name}: {message}"
     yield from op.check()
     if graph.stage is Stage.FIXED and op.is_float:
         for value in (*op.operands, *op.results):
-            if not isinstance(value.type.element, FloatType) and not isinstance(op, Const):
+            if not isinstance(value.type.element, FloatType):
                 yield f"is a float island, but %{value.name} is not float32"
+
+
+def _is_real(graph: Graph, element: ElementType) -> bool:
+    """Before `fixed`, quantized values are reals on a grid."""
+    return isinstance(element, FloatType) or (graph.stage is not Stage.FIXED and is_quantized(element))
 
 
 def _value(graph: Graph, value: Value) -> Iterator[str]:
     early = graph.stage in (Stage.FLOAT, Stage.RANGED)
     if early and is_quantized(value.type.element):
         yield f"a quantized type at stage {graph.stage}"
-    is_real = isinstance(value.type.element, FloatType) or is_quantized(value.type.element)
-    if graph.stage in (Stage.RANGED, Stage.TYPED) and is_real:
+    if graph.stage in (Stage.RANGED, Stage.TYPED) and _is_real(graph, value.type.element):
         if value.range is None:
             yield f"has no range at stage {graph.stage}; run calibrate and range-analysis"
         elif not (math.isfinite(value.range.lo) and math.isfinite(value.range.hi)):

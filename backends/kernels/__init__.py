@@ -1,1 +1,1 @@
-"""Numba kernels shared by every backend, chosen by what an op says: attributes, types and proved ranges."""
+"""Kernels shared by every backend, chosen by what an op says. Nothing else imports numba."""

@@ -1,135 +1,169 @@
-"""Elementwise arithmetic, tables and pooling."""
+"""Kernels element by element or window by window: arithmetic, tables, argmax, pooling and softmax."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
-from numba import njit, vectorize
 
-from qir.backends.kernels.scalars import HALF_AWAY, round_shift
+from qir.backends.kernels import elementwise_loops as loops
+from qir.backends.kernels.kernel import Call, Facts, Kernel, Memory, Tensor, fits, integers
+from qir.backends.kernels.rescale import TIES
+from qir.fixed_point import Overflow
+from qir.integer_functions import softmax_exponentials, softmax_reciprocal, softmax_terms
+from qir.ir import Op
+from qir.ops.fixed_elementwise import Elementwise, FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
+from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
+from qir.types import zero_array
 
-_PAIR = ["int64(int64, int64, int64, int64, int64, int64)"]
-
-
-@vectorize(_PAIR, nopython=True, cache=True)
-def add(a, b, zero_a, zero_b, lo, hi):
-    """`(a - za) + (b - zb)`, saturated."""
-    return min(max((a - zero_a) + (b - zero_b), lo), hi)
-
-
-@vectorize(_PAIR, nopython=True, cache=True)
-def subtract(a, b, zero_a, zero_b, lo, hi):
-    """`(a - za) - (b - zb)`, saturated."""
-    return min(max((a - zero_a) - (b - zero_b), lo), hi)
+Flat = Callable[[Tensor, Tensor, Tensor], None]
+_WIDEST = 1 << 62
 
 
-@vectorize(_PAIR, nopython=True, cache=True)
-def multiply(a, b, zero_a, zero_b, lo, hi):
-    """`(a - za) * (b - zb)`, saturated."""
-    return min(max((a - zero_a) * (b - zero_b), lo), hi)
+def arithmetic(op: Op, facts: Facts) -> Kernel | None:
+    """Add, sub, mul and div in 64-bit registers; an operand that broadcasts is spread out first."""
+    assert isinstance(op, Elementwise)
+    zeros = [zero_array(v.type.element) for v in (*op.operands, op.result)]
+    if any(z.ndim or not fits(z, np.int32) for z in zeros) or not (_clamps(op) or facts.is_idle(op)):
+        return None
+    if any(integers(v.type).bits > 32 for v in (*op.operands, op.result)):
+        return None
+    run = _division(op, facts) if isinstance(op, FixedDiv) else _combination(op)
+    if run is None:
+        return None
+    spread = [v.type.shape != op.result.type.shape for v in op.operands]
+    scratch = tuple(
+        Memory(op.result.type.shape, integers(v.type).dtype) for v, s in zip(op.operands, spread, strict=True) if s
+    )
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        room = iter(scratch)
+        whole = [next(room) if s else x for x, s in zip(inputs, spread, strict=True)]
+        copies = [(to, x) for to, x, s in zip(whole, inputs, spread, strict=True) if s]
+        a, b, out = whole[0].reshape(-1), whole[1].reshape(-1), output.reshape(-1)
+
+        def call() -> None:
+            for to, x in copies:
+                np.copyto(to, x)
+            run(a, b, out)
+
+        return call
+
+    return Kernel(op.mnemonic, bind, scratch)
 
 
-@njit(nogil=True, cache=True)
-def look_up(x, table, first, out):
-    """Rows [P, C] through tables [1 or C, entries]."""
-    step = 1 if table.shape[0] > 1 else 0
-    for p in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            out[p, c] = table[c * step, np.int64(x[p, c]) - first]
+def _clamps(op: Elementwise) -> bool:
+    return op.overflow in (Overflow.SATURATE, Overflow.NONE)
 
 
-@njit(nogil=True, cache=True)
-def max_pool(x, kernel, strides, pads, dilations, out):
-    """The greatest real element of each window; x [N, H, W, C]."""
-    for n in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
-                target = out[n, i, j]
-                fresh = True
-                for r in range(kernel[0]):
-                    y = i * strides[0] + r * dilations[0] - pads[0]
-                    if y < 0 or y >= x.shape[1]:
-                        continue
-                    for s in range(kernel[1]):
-                        z = j * strides[1] + s * dilations[1] - pads[1]
-                        if z < 0 or z >= x.shape[2]:
-                            continue
-                        pixel = x[n, y, z]
-                        if fresh:
-                            target[:] = pixel
-                            fresh = False
-                        else:
-                            for c in range(target.shape[0]):
-                                target[c] = max(target[c], pixel[c])
+def _combination(op: Elementwise) -> Flat | None:
+    a_zero, b_zero = (int(zero_array(v.type.element)) for v in op.operands)
+    lo, hi = op.storage.lo, op.storage.hi
+    if op.intermediate_bits() > 63:
+        return None
+    match op:
+        case FixedAdd() | FixedSub():
+            sign = 1 if isinstance(op, FixedAdd) else -1
+            return lambda a, b, out: loops.add_flat(a, a_zero, b, b_zero, sign, lo, hi, out)
+        case FixedMul():
+            return lambda a, b, out: loops.multiply_flat(a, a_zero, b, b_zero, lo, hi, out)
+        case _:
+            return None
 
 
-@njit(nogil=True, cache=True)
-def average_pool(x, kernel, strides, pads, dilations, sums, out):
-    """The sum of each window's real elements over their number, ties away from zero; `sums` is [C] of int64."""
-    for n in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
-                sums[:] = 0
-                count = 0
-                for r in range(kernel[0]):
-                    y = i * strides[0] + r * dilations[0] - pads[0]
-                    if y < 0 or y >= x.shape[1]:
-                        continue
-                    for s in range(kernel[1]):
-                        z = j * strides[1] + s * dilations[1] - pads[1]
-                        if 0 <= z < x.shape[2]:
-                            count += 1
-                            pixel = x[n, y, z]
-                            for c in range(sums.shape[0]):
-                                sums[c] += pixel[c]
-                for c in range(sums.shape[0]):
-                    magnitude = (2 * abs(sums[c]) + count) // (2 * count)
-                    out[n, i, j, c] = magnitude if sums[c] >= 0 else -magnitude
+def _division(op: FixedDiv, facts: Facts) -> Flat | None:
+    """The scaled dividend and divisor must fit 64 bits."""
+    a_zero, b_zero, zero = (int(zero_array(v.type.element)) for v in (*op.operands, op.result))
+    up, down = op.multiplier << max(op.shift - 31, 0), 1 << max(31 - op.shift, 0)
+    spans = [facts.span(v) for v in op.operands]
+    if any(max(-int(s.lo), int(s.hi)) * factor >= _WIDEST for s, factor in zip(spans, (up, down), strict=True)):
+        return None
+    if not (fits(up, np.int64) and fits(down, np.int64)) or op.multiplier < 0:
+        return None
+    numbers = (up, down, 1 << (op.storage.bits + 2), zero, op.storage.lo, op.storage.hi)
+    return lambda a, b, out: loops.divide_flat(a, a_zero, b, b_zero, *numbers, out)
 
 
-@njit(nogil=True, cache=True)
-def softmax_sums(x, terms, greatest, totals):
-    """The greatest element of each row [R, C] and the sum of `terms`, indexed by the distance from it."""
-    for r in range(x.shape[0]):
-        top = np.int64(x[r, 0])
-        for c in range(1, x.shape[1]):
-            top = max(top, np.int64(x[r, c]))
-        total = np.int64(0)
-        for c in range(x.shape[1]):
-            total += terms[top - x[r, c]]
-        greatest[r], totals[r] = top, total
+def table(op: Op, facts: Facts) -> Kernel | None:
+    """A look-up, with one table or one for each index of the last axis."""
+    assert isinstance(op, Table)
+    rows = 1 if op.operands[1].type.rank == 1 else int(op.operands[1].type.shape[0])
+    first = op.first
+    if op.result.type.sample_size == 0:
+        return None
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        columns = rows if rows > 1 else max(output.size, 1)
+        x, out, entries = inputs[0].reshape(-1, columns), output.reshape(-1, columns), np.atleast_2d(inputs[1])
+        return lambda: loops.look_up(x, entries, int(rows > 1), first, out)
+
+    return Kernel("table" if rows == 1 else "table_per_channel", bind)
 
 
-@njit(nogil=True, cache=True)
-def softmax_rows(x, exponentials, greatest, reciprocals, shifts, out):
-    """Each exponential times its row's reciprocal, rounded twice as `double_round` does, less 128."""
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            high = (reciprocals[r] * exponentials[greatest[r] - x[r, c]] + (1 << 30)) >> 31
-            value = round_shift(high, shifts[r], HALF_AWAY) - 128
-            out[r, c] = min(max(value, -128), 127)
+def argmax(op: Op, facts: Facts) -> Kernel | None:
+    """The greatest element along an axis, seen as the middle one of three."""
+    assert isinstance(op, FixedArgMax)
+    shape = op.operands[0].type.shape
+    if 0 in shape:
+        return None
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        x = inputs[0]
+        outer, inner = (int(np.prod(part, dtype=np.int64)) for part in (x.shape[: op.axis], x.shape[op.axis + 1 :]))
+        middle, out = x.reshape(outer, x.shape[op.axis], inner), output.reshape(outer, inner)
+        return lambda: loops.argmax_middle(middle, op.select_last_index, out)
+
+    return Kernel("argmax", bind)
 
 
-@njit(nogil=True, cache=True)
-def arg_max(x, last, out):
-    """The index of the greatest element of each [outer, axis, inner]; the first of equals, or the last."""
-    for o in range(x.shape[0]):
-        for i in range(x.shape[2]):
-            best = 0
-            for k in range(1, x.shape[1]):
-                if x[o, k, i] > x[o, best, i] or (last and x[o, k, i] == x[o, best, i]):
-                    best = k
-            out[o, i] = best
+def max_pool(op: Op, facts: Facts) -> Kernel | None:
+    """The greatest element of each window."""
+    assert isinstance(op, FixedMaxPool)
+    geometry = _geometry(op)
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        return lambda: loops.max_windows(inputs[0], *geometry, output)
+
+    return Kernel("max_pool2d", bind)
 
 
-@vectorize(["int64(int64, int64, int64, int64, int64, int64, int64, int64, int64)"], nopython=True, cache=True)
-def divide(a, b, zero_a, zero_b, multiplier, down, zero, lo, hi):
-    """`(a - za) / (b - zb) * multiplier / 2**down + z`, ties away from zero; a zero divisor gives a bound."""
-    a, b = a - zero_a, b - zero_b
-    if b == 0:
-        return hi if a > 0 else lo if a < 0 else zero
-    numerator, denominator = abs(a) * multiplier, abs(b) << down
-    quotient = numerator // denominator
-    rest = numerator - quotient * denominator
-    quotient += np.int64(rest >= denominator - rest)
-    value = quotient if (a < 0) == (b < 0) else -quotient
-    return min(max(value + zero, lo), hi)
+def average_pool(op: Op, facts: Facts) -> Kernel | None:
+    """The rounded mean of each window."""
+    assert isinstance(op, FixedAveragePool)
+    if op.intermediate_bits() > 62 or integers(op.operands[0].type).bits > 32:
+        return None
+    geometry, ties = _geometry(op), np.array(TIES[op.rounding], np.int64)
+    channels = int(op.result.type.shape[-1])
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        return lambda: loops.average_windows(inputs[0], *geometry, ties, scratch[0], output)
+
+    return Kernel("average_pool2d", bind, (Memory((channels,), np.dtype(np.int64)),))
+
+
+def _geometry(op: FixedMaxPool | FixedAveragePool) -> tuple[Tensor, ...]:
+    return tuple(np.array(v, np.int64) for v in (op.kernel, op.strides, op.pads, op.dilations))
+
+
+def softmax(op: Op, facts: Facts) -> Kernel | None:
+    """Exponentials by table of the distance from the row's maximum; the reciprocal of each row's sum by its definition."""
+    assert isinstance(op, FixedSoftmax)
+    exponentials = softmax_exponentials(-np.arange(256, dtype=np.int64), op.parameters)
+    terms = softmax_terms(exponentials)
+    length = int(op.result.type.shape[-1])
+    if length == 0:
+        return None
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        x, out = inputs[0].reshape(-1, length), output.reshape(-1, length)
+        greatest, totals = scratch[0].reshape(-1), scratch[1].reshape(-1)
+
+        def call() -> None:
+            if len(x):
+                loops.softmax_sums(x, terms, greatest, totals)
+                loops.softmax_ratios(x, exponentials, greatest, *softmax_reciprocal(totals), out)
+
+        return call
+
+    rows = Memory(op.result.type.shape[:-1], np.dtype(np.int64))
+    return Kernel("softmax", bind, (rows, rows), exponentials.nbytes + terms.nbytes)

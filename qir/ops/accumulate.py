@@ -49,8 +49,15 @@ class Accumulating(Op):
             yield f"the result must be the accumulator, {self.accumulator}"
         if self.overflow not in (Overflow.WRAP, Overflow.SATURATE, Overflow.NONE):
             yield f"an accumulator wraps, saturates or is proved, it does not {self.overflow}"
+        yield from integer_operands(self)
         if self.overflow is Overflow.WRAP and self.accumulator.is_narrowed:
             yield f"sums cannot wrap to the bounds of {self.accumulator}, which are not those of its container"
+
+    def sum_bits(self, term_bits: int, count: int) -> int:
+        """Bits that hold `count` exact sums of a term of `term_bits`, the accumulator and the bias."""
+        bias = self.optional_operand(2)
+        widest = max(term_bits, self.accumulator.bits + 1, bits_of(bias.type) if bias is not None else 0)
+        return widest + (count + 1).bit_length()
 
     def accumulate(self, chain: Iterator[Tensor], start: Tensor, bias: Tensor | None) -> Tensor:
         """Sum `chain`, whose items are products in order, step by step where the steps matter."""
@@ -88,6 +95,9 @@ class Accumulating(Op):
         `lo` and `hi` [outputs, taps, inputs] bound each term; `valid` [patterns, taps] says which taps are on real
         elements for each kind of position (the others add 0); `bias` [outputs] is exact.
         """
+        if not lo.size:  # nothing is summed but the bias
+            lo = hi = np.zeros((lo.shape[0], 1, 1), np.int64)
+            valid = np.ones((1, 1), bool)
         ends, extremes = [], []
         for terms, least, low in ((lo, np.minimum, True), (hi, np.maximum, False)):
             base = np.broadcast_to((bias.lo if low else bias.hi) if bias else np.zeros((), terms.dtype), lo.shape[:1])
@@ -129,7 +139,10 @@ def centered(kind: TensorType, bounds: Bounds) -> Bounds:
         shifted = Bounds.of(bounds.lo - int(zeros.max()), bounds.hi - int(zeros.min()))
     else:
         shifted = bounds.shifted(-zeros)
-    data = None if bounds.data is None else centre(bounds.data.astype(np.int64), kind)
+    data = bounds.data
+    if data is not None:
+        storage = storage_of(kind.element)
+        data = centre(exact(data) if storage is None or storage.bits > 60 else data.astype(np.int64), kind)
     return Bounds(shifted.lo, shifted.hi, data)
 
 
@@ -147,6 +160,13 @@ def term_bounds(x: Bounds, w: Bounds) -> tuple[Tensor, Tensor]:
     low, high = (e.astype(weights.dtype) for e in (x.lo, x.hi))
     positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
     return positive * low + negative * high, positive * high + negative * low
+
+
+def integer_operands(op: Op) -> Iterator[str]:
+    """A sentence for each operand that holds reals."""
+    for operand in op.operands:
+        if storage_of(operand.type.element) is None:
+            yield f"%{operand.name} holds reals, not integers; quantize it first"
 
 
 def bits_of(kind: TensorType) -> int:

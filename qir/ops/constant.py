@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qir.arrays import Array
 from qir.interval import Bounds, Interval, exact
 from qir.ir import ALL_STAGES, Op, OpBounds
-from qir.types import FloatType, Shape, storage_of
+from qir.types import FloatType, IntegerType, Shape, storage_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,10 +34,12 @@ class Const(Op):
         return (self.value.shape,)
 
     def check(self) -> Iterator[str]:
-        """Float data are finite; integer data lie in the storage bounds."""
+        """Float data are finite and float32; integer data lie in the storage bounds."""
         storage = storage_of(self.result.type.element)
         data = self.value.data
         if data.dtype.kind == "f":
+            if data.dtype != np.float32 or isinstance(self.result.type.element, IntegerType):
+                yield f"its data are {data.dtype}, its type is {self.result.type}"
             if not np.isfinite(data).all():
                 yield "its data hold NaN or infinity; replace them in the model"
         elif isinstance(self.result.type.element, FloatType):

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qir.errors import QirError
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divide
 from qir.interval import Bounds, Interval
 from qir.ir import FIXED_ONLY, Op, OpBounds
-from qir.opdef import broadcast_shapes
-from qir.ops.accumulate import bits_of, centered, centre
+from qir.opdef import broadcast_shapes, known_dim, normalize_axis
+from qir.ops.accumulate import bits_of, centered, centre, integer_operands
 from qir.types import ElementType, IntegerType, Shape, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
@@ -32,7 +33,8 @@ class Elementwise(Op):
         return (broadcast_shapes([v.type.shape for v in self.operands]),)
 
     def check(self) -> Iterator[str]:
-        """The result is of integers, to which its values can be narrowed."""
+        """All are of integers, and values can be narrowed to those of the result."""
+        yield from integer_operands(self)
         yield from narrowing_faults(self.result.type.element, self.overflow)
 
     @property
@@ -143,8 +145,18 @@ class FixedDiv(Elementwise):
     shift: int
 
     def intermediate_bits(self) -> int:
-        """Dividend and divisor carry the multiplier and the whole shift."""
-        return max(bits_of(v.type) for v in self.operands) + 31 + abs(31 - self.shift)
+        """Dividend and divisor carry the multiplier and the whole shift; a zero divisor gives 2 bits over the bound."""
+        return max(max(bits_of(v.type) for v in self.operands) + 31 + abs(31 - self.shift), self.storage.bits + 4)
+
+    def check(self) -> Iterator[str]:
+        """The factor is that of `quantize_multiplier`, and a bound is what a zero divisor gives."""
+        yield from super().check()
+        if not (0 <= self.multiplier < 1 << 31 and -31 <= self.shift <= 31):
+            yield "the multiplier is in [0, 2^31) and the shift in [-31, 31]"
+        if self.overflow not in (Overflow.SATURATE, Overflow.NONE):
+            yield "a quotient saturates: what a zero divisor gives is a bound"
+        if zero_array(self.result.type.element).ndim:
+            yield "the result has one zero point"
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The quotient at the result's scale, zero point added."""
@@ -187,7 +199,7 @@ class Table(Op):
             yield "a table is indexed by integers of at most 16 bits"
             return
         shape, x = self.operands[1].type.shape, self.operands[0].type.shape
-        if shape[-1:] != (1 << storage.bits,) or len(shape) > 2 or (len(shape) == 2 and shape[0] != x[-1]):
+        if shape[-1:] != (1 << storage.bits,) or len(shape) > 2 or (len(shape) == 2 and shape[:1] != x[-1:]):
             yield f"the table must be [{1 << storage.bits}] or [channels, {1 << storage.bits}]"
         table, result = (storage_of(v.type.element) for v in (self.operands[1], self.result))
         if table is None or result is None or not result.lo <= table.lo <= table.hi <= result.hi:
@@ -216,7 +228,9 @@ class Table(Op):
         data = operands[1].data
         if data is None:
             return None
-        rows = np.atleast_2d(data).astype(np.int64)
+        if self.result.type.sample_size == 0:
+            return OpBounds((Bounds.of(0, 0),))
+        rows = np.atleast_2d(data)
         x = operands[0].shifted(-self.first)
         count = max(rows.shape[0], x.channels or 1)
         rows = np.broadcast_to(rows, (count, rows.shape[1]))
@@ -237,14 +251,23 @@ class FixedArgMax(Op):
     select_last_index: bool
 
     def infer(self) -> tuple[Shape, ...]:
-        """The shape without the axis, or with a 1 in its place."""
+        """The shape without the axis, or with a 1 in its place. Raises QirError for a bad, empty or batch axis."""
         shape = self.operands[0].type.shape
+        if self.axis < 0 or not known_dim(shape[normalize_axis(self.axis, len(shape))], "the axis of an argmax"):
+            raise QirError(f"axis {self.axis} is negative or empty")
         middle: Shape = (1,) if self.keepdims else ()
         return ((*shape[: self.axis], *middle, *shape[self.axis + 1 :]),)
 
+    def check(self) -> Iterator[str]:
+        """Integers in, indices that fit out."""
+        yield from integer_operands(self)
+        last = int(self.operands[0].type.shape[self.axis]) - 1
+        if not (isinstance(kind := self.result.type.element, IntegerType) and kind.lo <= 0 and last <= kind.hi):
+            yield f"indices 0 to {last} must be plain integers that the result's type holds"
+
     def intermediate_bits(self) -> int:
-        """An index."""
-        return 63
+        """Nothing is computed."""
+        return bits_of(self.operands[0].type)
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op."""
@@ -252,9 +275,7 @@ class FixedArgMax(Op):
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The indices of the axis."""
-        size = self.operands[0].type.shape[self.axis]
-        assert isinstance(size, int)
-        return OpBounds((Bounds.of(0, max(size - 1, 0)),))
+        return OpBounds((Bounds.of(0, int(self.operands[0].type.shape[self.axis]) - 1),))
 
 
 def argmax(x: Tensor, axis: int, keepdims: bool, last: bool) -> Tensor:

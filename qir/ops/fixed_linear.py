@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,7 @@ class Conv2d(Accumulating):
     def intermediate_bits(self) -> int:
         """Bits of the longest exact sum."""
         x, w = (v.type for v in self.operands[:2])
-        terms = w.sample_size // max(int(w.shape[0]), 1) + 1
-        return max(bits_of(x) + bits_of(w), self.accumulator.bits + 1) + terms.bit_length()
+        return self.sum_bits(bits_of(x) + bits_of(w), w.sample_size // max(int(w.shape[0]), 1))
 
     def eval_int(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         """The definition of the op."""
@@ -84,14 +84,17 @@ class Conv2d(Accumulating):
         """Per output channel, position by position where padding cuts taps off."""
         w = self.operands[1].type.shape
         count, per_group = known_dim(w[0], "the output channels"), known_dim(w[3], "the input channels")
-        if self.operands[1].type.sample_size == 0 or self.result.type.sample_size == 0:
+        if not count:
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
         x = centered(self.operands[0].type, operands[0])
         if x.channels is not None:  # the channels that each output reads: [O, 1, 1, C / groups]
             own = np.repeat(np.arange(self.groups), count // self.groups)[:, None, None, None]
             x = Bounds(*(e.reshape(self.groups, per_group)[own[:, 0, 0, 0]][:, None, None, :] for e in (x.lo, x.hi)))
         lo, hi = term_bounds(x, centered(self.operands[1].type, operands[1]))
-        lo, hi = (np.broadcast_to(e, self.operands[1].type.concrete(0)).reshape(count, -1, per_group) for e in (lo, hi))
+        taps = math.prod(self.window.kernel)
+        lo, hi = (
+            np.broadcast_to(e, self.operands[1].type.concrete(0)).reshape(count, taps, per_group) for e in (lo, hi)
+        )
         window, shape = self.window, self.operands[0].type.shape
         spatial = [known_dim(d, "a spatial dimension") for d in shape[1:3]]
         outputs = window.output(spatial)
@@ -130,8 +133,7 @@ class FixedMatMul(Accumulating):
     def intermediate_bits(self) -> int:
         """Bits of the longest exact sum."""
         a, b = (v.type for v in self.operands[:2])
-        length = int(a.shape[-1]) + 1
-        return max(bits_of(a) + bits_of(b), self.accumulator.bits + 1) + length.bit_length()
+        return self.sum_bits(bits_of(a) + bits_of(b), int(a.shape[-1]))
 
     def eval_int(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         """The definition of the op."""
@@ -151,7 +153,7 @@ class FixedMatMul(Accumulating):
         """Per output where b is constant and shared by the batch; else the hull of every product, K times."""
         length = int(self.operands[0].type.shape[-1])
         count = int(self.operands[1].type.shape[-1])
-        if not length or not count:
+        if not count:
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
         a = centered(self.operands[0].type, operands[0])
         b = centered(self.operands[1].type, operands[1])
@@ -173,23 +175,26 @@ class ReduceSum(Accumulating):
     keepdims: bool
 
     def infer(self) -> tuple[Shape, ...]:
-        """The reduced shape. Raises QirError when an axis is the batch."""
+        """The reduced shape. Raises QirError when an axis is the batch, negative, too large or repeated."""
         shape = self.operands[0].type.shape
-        axes = {normalize_axis(a, len(shape)) for a in self.axes}
-        for axis in axes:
-            known_dim(shape[axis], "a reduced axis")
-        kept: list[Dim] = [1 if i in axes else d for i, d in enumerate(shape) if self.keepdims or i not in axes]
+        if len(set(self.axes)) != len(self.axes) or min(self.axes, default=0) < 0:
+            raise QirError(f"axes {list(self.axes)} are not different axes counted from the front")
+        for axis in self.axes:
+            known_dim(shape[normalize_axis(axis, len(shape))], "a reduced axis")
+        kept: list[Dim] = [
+            1 if i in self.axes else d for i, d in enumerate(shape) if self.keepdims or i not in self.axes
+        ]
         return (tuple(kept),)
 
     @property
     def count(self) -> int:
         """Elements in each sum."""
         shape = self.operands[0].type.shape
-        return int(np.prod([int(shape[a]) for a in self.axes], dtype=np.int64))
+        return math.prod(int(shape[a]) for a in self.axes)
 
     def intermediate_bits(self) -> int:
         """Bits of the longest exact sum."""
-        return max(bits_of(self.operands[0].type), self.accumulator.bits + 1) + self.count.bit_length()
+        return self.sum_bits(bits_of(self.operands[0].type), self.count)
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op."""

@@ -15,7 +15,7 @@ from qir.integer_functions import SOFTMAX_ROW_LIMIT, SoftmaxParameters, softmax
 from qir.interval import Bounds
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import Window, known_dim, pad_spatial, window_view
-from qir.ops.accumulate import bits_of
+from qir.ops.accumulate import bits_of, integer_operands
 from qir.types import S8, ElementType, Shape, storage_of
 
 Tensor = npt.NDArray[Any]
@@ -49,6 +49,7 @@ class Pool2d(Op):
 
     def check(self) -> Iterator[str]:
         """The type is kept and every window holds a real element."""
+        yield from integer_operands(self)
         if self.result.type.element != self.operands[0].type.element:
             yield "the result must have the operand's type; requantize it first"
         spatial = [known_dim(d, "a spatial dimension") for d in self.operands[0].type.shape[1:3]]

@@ -15,7 +15,7 @@ from qir.errors import QirError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize, round_half_away
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
-from qir.ops.accumulate import centered, centre
+from qir.ops.accumulate import centered, centre, integer_operands
 from qir.ops.fixed_elementwise import narrowed, narrowing_faults
 from qir.types import (
     F32,
@@ -71,20 +71,47 @@ class Requantize(Op):
         return (shape,)
 
     def check(self) -> Iterator[str]:
-        """The multiplier suits the form."""
+        """Multiplier, shift and rounding suit the form, and the types suit them."""
+        yield from integer_operands(self)
         is_float = self.multiplier.data.dtype.kind == "f"
         if is_float != (self.form in _FLOAT_FORMS):
             yield f"the form {self.form} takes {'float' if self.form in _FLOAT_FORMS else 'integer'} multipliers"
         if (self.form is RequantizeForm.SHIFT) != (self.rounding is not None):
             yield "a rounding mode belongs to the form shift, and only to it"
-        if bool((self.multiplier.data < 0).any()):
-            yield "multipliers are not negative"
+        limit = np.inf if is_float else 1 << 31
+        if not bool(((self.multiplier.data >= 0) & (self.multiplier.data < limit)).all()):
+            yield "multipliers are finite and not negative, and integers are below 2^31"
+        reach = 62 if self.form is RequantizeForm.SHIFT else 31
+        shift = self.shift.data
+        if (
+            shift.dtype.kind != "i"
+            or bool(((shift < -reach) | (shift > reach)).any())
+            or not 0 <= self.input_shift <= 31
+        ):
+            yield f"shifts are in [-{reach}, {reach}] and the input shift in [0, 31]"
+        axis = getattr(self.result.type.element, "axis", None)
+        if axis not in (None, self.result.type.rank - 1):
+            yield "zero points of the result run along its last axis"
+        if is_float and self.intermediate_bits() > 64:
+            yield f"the form {self.form} takes operands that fit 64 bits, zero point and input shift included"
         yield from narrowing_faults(self.result.type.element, self.overflow)
 
     def intermediate_bits(self) -> int:
-        """The product with a 31-bit multiplier, or the shifted operand."""
-        storage = storage_of(self.operands[0].type.element)
-        return (storage.bits if storage else 32) + max(self.input_shift, 0) + 31
+        """The shifted operand, and its product with a 31-bit multiplier where the form does not wrap it to 32 bits."""
+        kind = self.operands[0].type.element
+        storage, zeros = storage_of(kind), zero_array(kind)
+        if storage is None:
+            return 64
+        least, greatest = storage.lo - int(zeros.max(initial=0)), storage.hi - int(zeros.min(initial=0))
+        bits = max(~least, greatest).bit_length() + 1 + self.input_shift
+        match self.form:
+            case RequantizeForm.DOUBLE_ROUND | RequantizeForm.NEON:
+                return max(bits, 63)
+            case RequantizeForm.SINGLE_ROUND | RequantizeForm.REDUCED_16:
+                return bits + 31
+            case RequantizeForm.SHIFT:
+                return bits + max(int(self.shift.data.max(initial=0)), 0)
+        return bits
 
     def unsaturated(self, x: Tensor) -> Tensor:
         """The value before it is narrowed, for centred x (last axis: the channels of the multipliers)."""
@@ -148,6 +175,7 @@ class Quantize(Op):
             yield "quantize rounds half_even or half_away"
         if self.overflow is not Overflow.SATURATE:
             yield "reals have no proved bounds, so quantize saturates"
+        yield from _wide(self.result)
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op; x is float32."""
@@ -208,6 +236,12 @@ def dequantize_array(q: Tensor, element: ElementType) -> Tensor:
     return np.asarray((q.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
 
 
+def _wide(value: Value) -> Iterator[str]:
+    storage = storage_of(value.type.element)
+    if storage is not None and storage.bits > 62:
+        yield f"reals meet integers of at most 62 bits, %{value.name} has {storage.bits}"
+
+
 def along_axis(element: ElementType, rank: int) -> tuple[Tensor, Tensor]:
     """Scale (float32) and zero point (int64), shaped to broadcast along their axis of a tensor of this rank."""
     scale = scale_array(element).astype(np.float32)  # type: ignore[arg-type]
@@ -238,6 +272,7 @@ class Dequantize(Op):
         """Quantized integers in."""
         if not is_quantized(self.operands[0].type.element):
             yield "dequantize takes a quantized type"
+        yield from _wide(self.operands[0])
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op; the result is float32."""

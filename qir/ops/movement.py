@@ -35,7 +35,9 @@ class Movement(Op):
         """The real meaning of the integers must not change on the way."""
         result = self.result.type.element
         for operand in self.operands if self.stages == FIXED_ONLY else ():
-            if _meaning(operand.type.element) != _meaning(result):
+            if (storage_of(operand.type.element) is None) != (storage_of(result) is None):
+                yield f"%{operand.name} and the result are not both integers or both reals"
+            elif _meaning(operand.type.element) != _meaning(result):
                 yield f"%{operand.name} and the result differ in scale or zero point; requantize it first"
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
@@ -191,15 +193,18 @@ class Slice(Movement):
     steps: tuple[int, ...]
 
     def infer(self) -> tuple[Shape, ...]:
-        """The sliced shape. Raises QirError when the axes do not fit or the batch would be sliced."""
+        """The sliced shape. Raises QirError when the axes do not fit, are negative or repeat, or one is the batch."""
         shape = list(self.operands[0].type.shape)
+        if len(set(self.axes)) != len(self.axes) or min(self.axes, default=0) < 0:
+            raise QirError(f"axes {list(self.axes)} are not different axes counted from the front")
         if not len(self.starts) == len(self.ends) == len(self.axes) == len(self.steps) or 0 in self.steps:
             raise QirError("starts, ends, axes and steps are equally long and no step is 0")
         for start, end, axis, step in zip(self.starts, self.ends, self.axes, self.steps, strict=True):
             size = known_dim(shape[normalize_axis(axis, len(shape))], "the axis of a slice")
-            if not (0 <= start <= size and -1 <= end <= size):
-                raise QirError(f"[{start}:{end}] is outside axis {axis} of size {size}")
-            shape[axis] = len(range(start, end, step))
+            taken = range(start, end, step)
+            if start < 0 or end < (0 if step > 0 else -1) or (taken and max(taken[0], taken[-1]) >= size):
+                raise QirError(f"[{start}:{end}:{step}] is outside axis {axis} of size {size}")
+            shape[axis] = len(taken)
         return (tuple(shape),)
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
@@ -236,8 +241,10 @@ class Gather(Movement):
     axis: int
 
     def infer(self) -> tuple[Shape, ...]:
-        """The gathered shape. Raises QirError for an index outside the axis or an axis that is the batch."""
+        """The gathered shape. Raises QirError for an index outside the axis or a bad axis."""
         shape = self.operands[0].type.shape
+        if self.axis < 0 or self.indices.data.dtype.kind not in "iu":
+            raise QirError("the axis counts from the front and indices are integers")
         size = known_dim(shape[normalize_axis(self.axis, len(shape))], "the axis of a gather")
         data = self.indices.data
         if data.size and not 0 <= int(data.min()) <= int(data.max()) < size:

@@ -1,9 +1,8 @@
-"""Random fixed-stage graphs of one op, or of a few as legalize strings them, with data at the extremes of their types."""
+"""Random fixed-stage graphs of one op, or of a few as legalize strings them; data at the extremes of their types."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,12 +138,13 @@ class FixedMaker:
         self.emitted.append(value)
         return value
 
-    def bias(self, outputs: int) -> list[Value]:
+    def bias(self, outputs: int, accumulator: IntegerType) -> list[Value]:
         """None, small, or so large that it drives the accumulator."""
         if self.flag():
             return []
-        storage = self.pick([S32, S32.narrowed(-1000, 1000), S32.narrowed(-(1 << 31), (1 << 31) - 1000)])
-        return [self.constant(self.numbers(storage, (outputs,)), S32)]
+        kind = accumulator if accumulator.bits < 32 else S32
+        small = kind.narrowed(-1000, 1000)
+        return [self.constant(self.numbers(self.pick([kind, small]), (outputs,)), kind)]
 
     def accumulator(self) -> dict[str, Any]:
         return {
@@ -175,18 +175,17 @@ class FixedMaker:
         shape = (groups * multiple, *kernel, per_group)
         zero = self.random.integers(storage.lo, storage.hi, shape[0], endpoint=True) if self.flag() else 0
         element = affine(storage, np.full(shape[0], 0.25), zero, 0) if self.flag() else storage
+        x = self.input(height, width, groups * per_group)
+        weight = self.constant(self.numbers(storage, shape), element)
+        accumulator = accumulator or self.accumulator()
         return self.emit(
             Conv2d,
-            [
-                self.input(height, width, groups * per_group),
-                self.constant(self.numbers(storage, shape), element),
-                *self.bias(shape[0]),
-            ],
+            [x, weight, *self.bias(shape[0], accumulator["accumulator"])],
             pads=pads,
             strides=(self.size(1, 3), self.size(1, 3)),
             dilations=dilations,
             groups=groups,
-            **(accumulator or self.accumulator()),
+            **accumulator,
         )
 
     def matmul(self, **accumulator: Any) -> Value:
@@ -197,14 +196,17 @@ class FixedMaker:
         element = affine(storage, 0.25, int(zero)) if self.flag() else storage
         weight = self.constant(self.numbers(storage, (length, outputs)), element)
         x = self.input(*self.pick([(), (3,), (2, 3)]), length)
-        return self.emit(FixedMatMul, [x, weight, *self.bias(outputs)], **(accumulator or self.accumulator()))
+        accumulator = accumulator or self.accumulator()
+        bias = self.bias(outputs, accumulator["accumulator"])
+        return self.emit(FixedMatMul, [x, weight, *bias], **accumulator)
 
     def batched_matmul(self) -> Value:
         """Two activations, whose leading dimensions broadcast."""
         rows, length, columns, heads = (self.size() for _ in range(4))
         left, right = self.input(heads, rows, length), self.input(self.pick([1, heads]), length, columns)
-        operands = [left, right, *(self.bias(columns) if self.pick([False, False, True]) else [])]
-        return self.emit(FixedMatMul, operands, **self.accumulator())
+        accumulator = self.accumulator()
+        bias = self.bias(columns, accumulator["accumulator"]) if self.pick([False, False, True]) else []
+        return self.emit(FixedMatMul, [left, right, *bias], **accumulator)
 
     def reduce_sum(self) -> Value:
         axes = self.pick([(1,), (2,), (1, 2), (2, 1), (3,), (1, 2, 3)])
@@ -262,6 +264,7 @@ class FixedMaker:
         assert kept is not None
         attributes: dict[str, Any] = {"overflow": self.overflow(kept)}
         if op_class is FixedDiv:
+            attributes["overflow"] = Overflow.SATURATE
             attributes["multiplier"] = self.pick([*_POWERS[28:], (1 << 31) - 1, 0x5A5A5A5A])
             attributes["shift"] = self.pick([0, -3, 4, 31])
         return self.emit(op_class, operands, elements=[result], **attributes)
@@ -335,7 +338,7 @@ class FixedMaker:
 
     def quantize(self) -> Value:
         """From integers to reals and back, with a float op between: an island."""
-        x = self.input(self.size(), self.size(), element=affine(self.pick(STORAGES), 0.3, 2))
+        x = self.input(self.size(), self.size(), element=affine(self.pick(STORAGES), 0.3, 1))
         return self.quantized(self.emit(Add, [self.emit(Relu, [self.emit(Dequantize, [x])]), self.real_constant()]))
 
     def real_constant(self) -> Value:

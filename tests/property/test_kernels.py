@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,15 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from property.fixed_graphs import MAKERS, FixedMaker, cases, proved
+from property.fixed_graphs import MAKERS, cases
 
-from qir.arrays import Array
-from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.interpreter import interpret, trace
-from qir.ir import Graph, Op, Stage, Value
-from qir.ops import FIXED_OPS, Conv2d, FixedAdd, FixedMatMul, ReduceSum, Requantize
-from qir.ops.accumulate import Accumulating, Order
+from qir.ir import Graph
+from qir.ops import FIXED_OPS
 from qir.parser import parse
 from qir.printer import print_graph, resources
 from qir.program import Program
-from qir.rewrite import GraphBuilder
-from qir.types import BATCH, S8, S32, TensorType, affine, integer, storage_of, zero_array
+from qir.types import storage_of
 
 Tensor = npt.NDArray[Any]
 Feeds = dict[str, Tensor]

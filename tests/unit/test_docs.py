@@ -1,0 +1,182 @@
+"""The code in README and docs, run as it stands there.
+
+A fence may name a file (```python file=a.py): the block is written there. Diffs are applied to a copy of the source.
+Other Python blocks run as scripts, shell blocks with `qir` on the path; a text block behind a shell block is what it
+prints.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qir.demo import normalized
+
+ROOT = Path(__file__).parents[2]
+_FENCE = re.compile(r"^```(?P<kind>\w+)(?: file=(?P<file>\S+))?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    kind: str
+    file: str
+    text: str
+
+
+def _blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [Block(m["kind"], m["file"] or "", m["text"]) for m in _FENCE.finditer(text)]
+    assert 2 * len(found) == len(re.findall("^```", text, re.MULTILINE)), (
+        f"{page}: a fence without a kind, or not closed"
+    )
+    return found
+
+
+def _write(folder: Path, block: Block) -> None:
+    path = folder / block.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.text, encoding="utf-8")
+
+
+def _apply(folder: Path, diff: str) -> None:
+    """Apply a diff whose hunks are found by their text, which must stand in the file exactly once."""
+    head, *hunks = re.split(r"^@@\n", diff, flags=re.MULTILINE)
+    match = re.fullmatch(r"--- a/(\S+)\n\+\+\+ b/\1\n", head)
+    assert match is not None
+    path = folder / match[1]
+    text = path.read_text(encoding="utf-8")
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        assert all(line[0] in " +-" for line in lines)
+        before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(before) == 1, f"{match[1]} does not hold once:\n{before}"
+        text = text.replace(before, after)
+    path.write_text(text, encoding="utf-8")
+
+
+class Shell:
+    """Runs scripts and shell blocks in a folder, with `qir` imported from `source`."""
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder = folder
+        commands = folder / ".commands"
+        commands.mkdir()
+        launcher = commands / "qir"
+        launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{_LAUNCH}" "$@"\n')
+        launcher.chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": f"{folder}{os.pathsep}{source}",
+            "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        }
+
+    def __call__(self, *command: str) -> str:
+        result = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def python(self, text: str) -> str:
+        script = self.folder / "block.py"
+        script.write_text(text, encoding="utf-8")
+        return self(sys.executable, "-W", "error", str(script))
+
+
+_LAUNCH = "import sys; from qir.cli import main; sys.exit(main())"
+
+
+def _install(folder: Path, project: str) -> None:
+    """What pip leaves of a project for its entry points to be found: a dist-info folder."""
+    data = tomllib.loads(project)["project"]
+    info = folder / f"{data['name'].replace('-', '_')}-{data['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {data['name']}\nVersion: {data['version']}\n")
+    lines = [
+        line
+        for group, points in data["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join([*lines, ""]))
+
+
+def test_add_a_pass(tmp_path: Path) -> None:
+    shell = Shell(tmp_path, ROOT)
+    blocks = _blocks("docs/add-a-pass.md")
+    for place, block in enumerate(blocks):
+        if block.file:
+            _write(tmp_path, block)
+        elif block.kind == "python":
+            shell.python(block.text)
+        elif block.kind == "sh":
+            assert shell("sh", "-e", "-c", block.text) == blocks[place + 1].text
+        if block.kind == "toml":
+            _install(tmp_path, block.text)
+    assert [b.kind for b in blocks] == ["python", "python", "toml", "python", "text", "sh", "text"]
+
+
+def test_add_an_op(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for folder in ("qir", "passes", "backends"):
+        shutil.copytree(
+            ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "data")
+        )
+    shell = Shell(tmp_path, source)
+    goldens = []
+    for block in _blocks("docs/add-an-op.md"):
+        if block.kind == "diff":
+            _apply(source, block.text)
+        elif block.file:
+            _write(source, block)
+            goldens += [block] if block.file.endswith(".qir") else []
+        else:
+            shell.python(block.text)
+    for golden in goldens:
+        head, expected = golden.text.split("// CHECK\n")
+        (tmp_path / "before.qir").write_text(head)
+        passes = head.splitlines()[0].removeprefix("// RUN: ")
+        assert shell("qir", "opt", "before.qir", "--passes", passes) == expected
+    assert len(goldens) == 1
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Shell:
+    """The files that the README's examples read: a model and samples, of the demo."""
+    shutil.copy(ROOT / "qir" / "data" / "fm_mobile.onnx", tmp_path / "model.onnx")
+    with np.load(ROOT / "qir" / "data" / "fashion_mnist_demo.npz") as data:
+        np.savez(tmp_path / "calibration.npz", x=normalized(data["calibration_images"][:32]))
+        np.savez(tmp_path / "samples.npz", x=normalized(data["test_images"][:40]))
+    return Shell(tmp_path, ROOT)
+
+
+def test_readme(readme: Shell) -> None:
+    ran = []
+    for block in _blocks("README.md"):
+        if block.kind == "python":
+            readme.python(block.text)
+        elif block.kind == "sh" and "pip install" not in block.text:
+            readme("sh", "-e", "-c", block.text)
+        else:
+            continue
+        ran.append(block.kind)
+    assert ran == ["python", "sh"]
+    assert {"build", "dumps", "y.npz"} <= {p.name for p in readme.folder.iterdir()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/add-an-op.md", "docs/add-a-pass.md"])
+def test_files_that_pages_name_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    named = re.findall(r"`((?:qir|passes|backends|tests|docs)/[\w./-]+)`", text)
+    made = {block.file for block in _blocks(page)}
+    places = [*((ROOT / page).parent / link for link in links), *(ROOT / name for name in named if name not in made)]
+    assert [str(p) for p in places if not p.exists()] == []
