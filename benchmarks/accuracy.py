@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 from support import models
+from support.fashion_mnist import calibration_images
 from support.public_data import MNIST_CONV, PPOCR_CLS, FetchError, fonts, wheel_file
 from support.rendered_lines import oriented_lines
 
@@ -55,10 +56,8 @@ class Case:
 def fashion_mnist() -> Iterator[Case]:
     """The three models of the tests on all 10,000 test images, calibrated on 256 training images."""
     images, labels = models.labelled_images()
-    with np.load(models.ROOT / "qir" / "data" / "fashion_mnist_demo.npz") as data:
-        calibration = models.images(data["calibration_images"])
-    for name in ("fm_cnn", "fm_mobile", "fm_mlp"):
-        yield Case(name, models.PATHS[name], [Fold(calibration, images, labels)], 0.2)
+    for name, path in models.PATHS.items():
+        yield Case(name, path, [Fold(calibration_images(), images, labels)], 0.2)
 
 
 def digits(folder: Path) -> Case:

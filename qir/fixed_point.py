@@ -256,7 +256,9 @@ def requantize(
             acc, shift = _operands(acc, shift)
             return round_shift(acc, -shift, rounding)
         case RequantizeForm.FLOAT32:
-            return _to_integers(np.rint(_exact_int64(acc).astype(np.float32) * np.asarray(multiplier, np.float32)))
+            with np.errstate(over="ignore"):  # infinity is clipped like any large number
+                scaled = _exact_int64(acc).astype(np.float32) * np.asarray(multiplier, np.float32)
+            return _to_integers(np.rint(scaled))
         case RequantizeForm.DOUBLE_AWAY:
             return round_half_away(_exact_int64(acc).astype(np.float64) * np.asarray(multiplier, np.float64))
 

@@ -143,7 +143,7 @@ def _check_feed(value: Value, array: Tensor) -> Tensor:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise RunError(f"input {value.name!r} holds NaN, infinity or what is beyond float32")
+            raise RunError(f"input {value.name!r} holds NaN or infinity")
         return array
     if array.dtype.kind not in "iub" or storage is None:
         raise RunError(f"input {value.name!r} is of {array.dtype}, expected integers of {storage}")

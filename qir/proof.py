@@ -89,9 +89,7 @@ def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
         if proved is None or storage is None:
             continue
         if not storage.lo <= proved.lo <= proved.hi <= storage.hi and value.type.sample_size:
-            message = (
-                f"is {storage}, but [{proved.lo}, {proved.hi}] is what is proved; widen it, or requantize first"
-            )
+            message = f"is {storage}, but [{proved.lo}, {proved.hi}] is what is proved; widen it, or requantize first"
             yield Diagnostic(f"%{value.name}", message)
         if value.range is None:
             continue

@@ -27,9 +27,10 @@ from qir.ir import Graph
 from qir.parser import parse
 from qir.printer import print_graph, resources
 
-
 #: Names are quoted without line breaks, so nothing else in a text can start a line like this.
-_SIDECAR: Final = re.compile(r'^[ \t]*resources[ \t]*("(?:[^"\\\n]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")', re.MULTILINE)
+_SIDECAR: Final = re.compile(
+    r'^[ \t]*resources[ \t]*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")', re.MULTILINE
+)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -142,7 +143,7 @@ def _read_sidecar(path: Path, name: str) -> dict[str, Array]:
         raise ResourceError(f"{path}: its sidecar {sidecar} is missing; keep the two files together")
     try:
         return {key: Array(_frozen(data), key) for key, data in load_file(sidecar).items()}
-    except (SafetensorError, OSError, TypeError) as fault:  # TypeError: an element type that NumPy lacks
+    except (SafetensorError, OSError, TypeError, AttributeError) as fault:  # the last two: a type that NumPy lacks
         raise ResourceError(f"{sidecar}: not a readable safetensors file: {fault}") from fault
 
 

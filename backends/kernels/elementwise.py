@@ -146,7 +146,7 @@ def _geometry(op: FixedMaxPool | FixedAveragePool) -> tuple[Tensor, ...]:
 
 
 def softmax(op: Op, facts: Facts) -> Kernel | None:
-    """Exponentials by table of the distance from the row's maximum; the reciprocal of each row's sum by its definition."""
+    """Exponentials by table of the distance from the row's maximum; reciprocals of the sums by their definition."""
     assert isinstance(op, FixedSoftmax)
     exponentials = softmax_exponentials(-np.arange(256, dtype=np.int64), op.parameters)
     terms = softmax_terms(exponentials)

@@ -19,6 +19,6 @@ def kernel(function: Function) -> Function:
     """Compile on first call, per combination of argument types; division is that of the machine, not Python's."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(**options, cache=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(**options, cache=True)(function)
     except RuntimeError:  # neither folder can be written: compile anew in every process
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        return numba.njit(**options)(function)

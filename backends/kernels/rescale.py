@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from qir.backends.kernels import rescale_loops as loops
 from qir.backends.kernels.kernel import Call, Facts, Kernel, Tensor, fits, integers, zero_along_last
+from qir.backends.kernels.sums import fills_container
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, reduced_multiplier
 from qir.ir import Op
-from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize, along_axis
-from qir.types import IntegerType, TensorType, scale_array
+from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
+from qir.types import TensorType, scale_array
 
 #: When the remainder rounds up, for each rounding: above one half; at one half always, where the floor is not negative,
 #: where it is, where it is odd; and for any remainder of a negative floor.
@@ -91,11 +92,6 @@ def _limits(op: Requantize, facts: Facts) -> tuple[int, int] | None:
     if op.overflow is Overflow.WRAP and fills_container(storage):
         return -_WIDEST, _WIDEST
     return None
-
-
-def fills_container(storage: IntegerType) -> bool:
-    """Whether storing the low bits in the dtype is what wrapping means."""
-    return not storage.is_narrowed and storage.bits == 8 * storage.dtype.itemsize
 
 
 class _Parts:

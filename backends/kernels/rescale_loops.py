@@ -1,7 +1,7 @@
 """Compiled loops of requantization: the forms of `qir.fixed_point.requantize` on flat arrays, then narrowing.
 
-Parameters run along the data with the period of their length. Each loop ends alike: what is left after rounding is
-clamped to [low, high], the storage bounds less the zero point, the zero point is added, and the store keeps the low bits.
+Parameters run along the data with the period of their length. Each loop ends alike: the rounded value is clamped to
+[low, high], which are the storage bounds less the zero point, that is added, and the store keeps the low bits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rescale_twice(
 def rescale_once(
     x: Any, x_zero: Any, left: Any, multiplier: Any, right: Any, low: Any, high: Any, zero: Any, out: Any
 ) -> None:
-    """`(x << left) * multiplier / 2^right`, ties up: `single_round` and `reduced_16`. int64 inside; right in [0, 62]."""
+    """`(x << left) * multiplier / 2^right`, ties up: `single_round` and `reduced_16`. int64 inside, right <= 62."""
     period = multiplier.shape[0]
     for start in range(0, x.shape[0], period):
         count = min(period, x.shape[0] - start)

@@ -1,4 +1,4 @@
-"""The table of kernels: which function chooses one for which op. An op without a kernel runs the interpreter's function."""
+"""The table of kernels: which function chooses one for which op. Without one, the interpreter's function runs."""
 
 from __future__ import annotations
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-sys.path.insert(0, str(ROOT / "tests"))
-
+import large_graphs  # noqa: E402
 import models  # noqa: E402
 
-__all__ = ["ROOT", "models"]
+__all__ = ["large_graphs", "models"]

@@ -6,7 +6,7 @@ Scales are powers of two and outputs `sx * sw * {2, 6, 10, 14}`, so that ties ab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from qir.fixed_point import RequantizeForm
 from qir.interpreter import interpret
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
-from qir.ops.fixed_rescale import Requantize
+from qir.ops.fixed_rescale import Requantize, dequantize_array
 from qir.ops.float_elementwise import Add, Clip, HardSwish, LeakyRelu, Mul, PRelu, Relu, Sigmoid, Sub, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ArgMax, AveragePool, MaxPool, ReduceMean, Softmax
@@ -89,10 +89,22 @@ def check(case: Case, seed: int = 0) -> None:
         theirs = runtime.run(*feeds.values())[0]
         np.testing.assert_array_equal(program.run_integer(feeds)["y"], theirs)
         np.testing.assert_array_equal(interpret(fixed, feeds)["y"], theirs)
+        _assert_meant(typed, feeds, theirs)
         for wrong in blurred if case.sharp else ():
             blurred[wrong] += int((interpret(wrong, feeds)["y"] != theirs).sum())
         outputs += theirs.size
     assert not case.sharp or min(blurred.values()) > 0, "the scales do not tell the roundings apart"
+
+
+def _assert_meant(typed: Graph, feeds: Mapping[str, Ints], found: npt.NDArray[Any]) -> None:
+    """The runtime was told the right op: its reals are those of the typed graph, but for a step or two of rounding."""
+    expected = interpret(typed, {v.name: dequantize_array(feeds[v.name], v.type.element) for v in typed.inputs})["y"]
+    element = typed.outputs[0].type.element
+    if not isinstance(element, AffineType):
+        np.testing.assert_array_equal(found, expected)
+        return
+    gap = np.abs(dequantize_array(found, element).astype(np.float64) - expected)
+    assert gap.max() <= 2 * float(element.scale.data)
 
 
 def _draw(shape: Shape, element: AffineType, span: int, rng: np.random.Generator) -> Ints:
@@ -168,7 +180,7 @@ def test_conv(kind: str) -> None:
 @pytest.mark.parametrize("clip", [k for k in CLIPS if k != "none"])
 @pytest.mark.parametrize("kind", ["strided", "depthwise", "1-d"])
 def test_conv_with_a_fused_activation(kind: str, clip: str) -> None:
-    for multiple, zero in ((0.25, -5), (2, 0), (6, -128)):
+    for multiple, zero in ((0.25, -5), (2, 0), (4, 9), (4.8, 0), (6, -128)):  # scales 2 and 2.4 put a bound on a tie
         constants = convolution(kind, 2, zero, CLIPS[clip])
         constants.result = act(0.5 * multiple, zero)
         check(constants)
@@ -234,7 +246,7 @@ def test_arithmetic(op: type[Op], kind: str) -> None:
 @pytest.mark.parametrize("clip", [k for k in CLIPS if k != "none"])
 @pytest.mark.parametrize("op", [Add, Sub, Mul])
 def test_arithmetic_with_a_fused_activation(op: type[Op], clip: str) -> None:
-    for out, zero in ((0.0625, -100), (1.5, 3)):
+    for out, zero in ((0.0625, -100), (1.5, 3), (2.0, 9), (2.4, 0)):
         inputs = [(MAP, act(0.125, -3)), (MAP, act(0.0625, 11))]
         check(Case(op, inputs, act(out, zero), {"clip": CLIPS[clip]}))
 

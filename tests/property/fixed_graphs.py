@@ -13,32 +13,13 @@ from qir.arrays import Array
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.integer_functions import prepare_softmax
 from qir.ir import Graph, Op, Stage, Value
-from qir.ops import (
-    Conv2d,
-    Dequantize,
-    FixedAdd,
-    FixedArgMax,
-    FixedAveragePool,
-    FixedConcat,
-    FixedDiv,
-    FixedGather,
-    FixedMatMul,
-    FixedMaxPool,
-    FixedMul,
-    FixedPad,
-    FixedReshape,
-    FixedSlice,
-    FixedSoftmax,
-    FixedSub,
-    FixedTranspose,
-    Quantize,
-    ReduceSum,
-    Requantize,
-    Table,
-)
 from qir.ops.accumulate import Order
-from qir.ops.fixed_rescale import QuantizeRule
+from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
+from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
+from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
+from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.ops.float_elementwise import Add, Relu
+from qir.ops.movement import FixedConcat, FixedGather, FixedPad, FixedReshape, FixedSlice, FixedTranspose
 from qir.pass_manager import PassContext, Pipeline
 from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.range_analysis import RangeAnalysis
@@ -100,6 +81,10 @@ class FixedMaker:
 
     def size(self, least: int = 1, most: int = 4) -> int:
         return self.draw(st.integers(least, most))
+
+    def extent(self) -> int:
+        """A dimension that may be empty."""
+        return int(self.pick([1, 1, 2, 3, 4, 5, 7, 0]))
 
     def element(self, storages: Sequence[IntegerType] = STORAGES) -> ElementType:
         """Affine with the zero point somewhere in the container, often at an end of it; fixed point; or plain."""
@@ -190,7 +175,7 @@ class FixedMaker:
 
     def matmul(self, **accumulator: Any) -> Value:
         """A fully connected layer, or one whose rows have more dimensions."""
-        length, outputs = self.size(1, 9), self.size(1, 7)
+        length, outputs = self.extent(), self.extent()
         storage = self.pick(WEIGHT_STORAGES)
         zero = self.random.integers(storage.lo, storage.hi, endpoint=True)
         element = affine(storage, 0.25, int(zero)) if self.flag() else storage
@@ -202,7 +187,7 @@ class FixedMaker:
 
     def batched_matmul(self) -> Value:
         """Two activations, whose leading dimensions broadcast."""
-        rows, length, columns, heads = (self.size() for _ in range(4))
+        rows, length, columns, heads = (self.extent() for _ in range(4))
         left, right = self.input(heads, rows, length), self.input(self.pick([1, heads]), length, columns)
         accumulator = self.accumulator()
         bias = self.bias(columns, accumulator["accumulator"]) if self.pick([False, False, True]) else []
@@ -210,12 +195,12 @@ class FixedMaker:
 
     def reduce_sum(self) -> Value:
         axes = self.pick([(1,), (2,), (1, 2), (2, 1), (3,), (1, 2, 3)])
-        x = self.input(self.size(), self.size(), self.size())
+        x = self.input(self.extent(), self.extent(), self.extent())
         return self.emit(ReduceSum, [x], axes=axes, keepdims=self.flag(), **self.accumulator())
 
     def requantize(self) -> Value:
         storages = (S32, S32, S16, S8, U8, integer(24), S32.narrowed(-5000, 5000))
-        return self.rescale(self.input(self.size(), self.size(), storages=storages))
+        return self.rescale(self.input(self.extent(), self.extent(), storages=storages))
 
     def rescale(self, x: Value) -> Value:
         """A requantize of any form; multipliers are often powers of two, so that many values are ties."""
@@ -224,11 +209,10 @@ class FixedMaker:
         assert storage is not None
         count = () if self.flag() else (int(x.type.shape[-1]),)
         shift = self.random.integers(-31, 16, count) if self.flag() else self.random.integers(-9, 2, count)
-        multiplier = self.random.choice(
-            [1 << 30, 3 << 29, (1 << 31) - 1, self.random.integers(1 << 30, 1 << 31)], count
-        )
+        multipliers = np.array([1 << 30, 3 << 29, (1 << 31) - 1, self.random.integers(1 << 30, 1 << 31)])
+        multiplier = self.random.choice(multipliers, count)
         if form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
-            multiplier = np.ldexp(self.random.choice([1.0, 1.5, self.random.uniform(1, 2)], count), shift)
+            multiplier = np.ldexp(self.random.choice(np.array([1.0, 1.5, self.random.uniform(1, 2)]), count), shift)
         result = self.element()
         kept = storage_of(result)
         assert kept is not None
@@ -246,7 +230,7 @@ class FixedMaker:
 
     def arithmetic(self, op_class: type[Op]) -> Value:
         """Two operands of shapes that broadcast, of which one may be constant."""
-        shape = (self.size(), self.size(), self.size())
+        shape = (self.extent(), self.extent(), self.extent())
         small = tuple(self.pick([1, d]) for d in shape)
         left = self.input(*shape)
         if self.flag():
@@ -270,7 +254,7 @@ class FixedMaker:
         return self.emit(op_class, operands, elements=[result], **attributes)
 
     def table(self) -> Value:
-        x = self.input(self.size(), self.size(), storages=(S8, U8, S4, S8.narrowed(3, 17)))
+        x = self.input(self.extent(), self.extent(), storages=(S8, U8, S4, S8.narrowed(3, 17)))
         storage = storage_of(x.type.element)
         assert storage is not None
         entries = (1 << storage.bits,)
@@ -281,7 +265,7 @@ class FixedMaker:
 
     def softmax(self) -> Value:
         multiplier, left_shift, diff_min = prepare_softmax(self.pick([0.01, 0.1, 0.25, 0.5, 1.0]))
-        x = self.input(*self.pick([(), (3,)]), self.size(1, 11), element=affine(S8, 0.1, 7))
+        x = self.input(*self.pick([(), (3,), (0,)]), self.size(1, 11), element=affine(S8, 0.1, 7))
         result = affine(S8, 1 / 256, -128)
         return self.emit(
             FixedSoftmax, [x], elements=[result], multiplier=multiplier, left_shift=left_shift, diff_min=diff_min
@@ -305,14 +289,14 @@ class FixedMaker:
         return self.emit(op_class, [x], strides=(self.size(1, 3), self.size(1, 2)), **attributes)
 
     def movement(self, op_class: type[Op]) -> Value:
-        h, w, c = self.size(), self.size(), self.size()
+        h, w, c = self.extent(), self.size(), self.extent()
         x = self.input(h, w, c)
         storage = storage_of(x.type.element)
         assert storage is not None
         if op_class is FixedConcat:
             axis = self.size(1, 3)
             shape = [h, w, c]
-            shape[axis - 1] = self.size()
+            shape[axis - 1] = self.extent()
             return self.emit(op_class, [x, self.input(*shape, element=x.type.element), x], axis=axis)
         if op_class is FixedReshape:
             lead = () if self.lead == (BATCH,) else self.lead
@@ -338,7 +322,7 @@ class FixedMaker:
 
     def quantize(self) -> Value:
         """From integers to reals and back, with a float op between: an island."""
-        x = self.input(self.size(), self.size(), element=affine(self.pick(STORAGES), 0.3, 1))
+        x = self.input(self.extent(), self.extent(), element=affine(self.pick(STORAGES), 0.3, 1))
         return self.quantized(self.emit(Add, [self.emit(Relu, [self.emit(Dequantize, [x])]), self.real_constant()]))
 
     def real_constant(self) -> Value:
@@ -355,7 +339,7 @@ class FixedMaker:
 
     def dequantize(self) -> Value:
         """Reals out of the program, of a type with a scale a channel."""
-        channels = self.size()
+        channels = self.extent()
         zeros = self.random.integers(-128, 127, channels, endpoint=True)
         return self.emit(Dequantize, [self.input(channels, element=affine(S8, np.full(channels, 0.3), zeros, 1))])
 

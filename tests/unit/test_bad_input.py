@@ -176,7 +176,7 @@ BAD_SAMPLES: dict[str, tuple[Callable[[], object], str]] = {
     "one name too many": (_samples(x=SAMPLES["x"], y=SAMPLES["x"]), "missing [], unknown ['y']"),
     "wrong shape": (_samples(x=random(16, 5)), "input 'x' has shape 16x5, expected Nx4"),
     "wrong rank": (_samples(x=random(4)), "input 'x' has shape 4, expected Nx4"),
-    "a number": (_samples(x=1.0), "input 'x' has shape , expected Nx4"),
+    "a number": (_samples(x=1.0), "input 'x' has shape (), expected Nx4"),
     "texts": (_samples(x=[["a", "b", "c", "d"]]), "input 'x' is of <U1, expected float32"),
     "complex": (_samples(x=SAMPLES["x"] * 1j), "input 'x' is of complex64, expected float32"),
     "NaN": (_with(np.nan), "input 'x' holds NaN or infinity"),

@@ -1,0 +1,154 @@
+"""Texts under `tests/golden/`, each of the kind that its `//` lines make it; CONTRIBUTING.md lists the kinds.
+
+- `verifier/`: every finding is announced by `// error: words of it`, on the line that defines what it names, or alone
+  on a line where it names none. The graph is legal without such lines.
+- `run/`: `// run: x=[1, 2] -> y=[3]` holds on the interpreter, with int64 and with unbounded integers, and in the
+  program. Lists are flat and row-major; as many samples as they fill are run. A line may go on in `//   -> z=[4]`.
+- any other folder: `// RUN: pipeline [target=NAME]` turns the text into the one below `// CHECK`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qir.backend import load_target
+from qir.interpreter import interpret, trace
+from qir.ir import Graph, Value
+from qir.parser import parse
+from qir.pass_manager import PassContext
+from qir.passes.pipelines import parse_pipeline
+from qir.passes.range_analysis import RangeAnalysis
+from qir.printer import identifier, print_graph
+from qir.program import Program
+from qir.types import storage_of
+from qir.verifier import find_faults
+
+Tensor = npt.NDArray[Any]
+
+FOLDER = Path(__file__).parents[1] / "golden"
+FILES = {str(p.relative_to(FOLDER)): p for p in sorted(FOLDER.rglob("*.qir"))}
+RUNS = [name for name in FILES if name.startswith("run/")]
+ILLEGAL = [name for name in FILES if name.startswith("verifier/")]
+PASSES = [name for name in FILES if name not in {*RUNS, *ILLEGAL}]
+
+_STRING_OR_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|[ \t]*//[^\n]*')
+_CHECK = "// CHECK\n"
+_RUN = re.compile(r"// RUN: (?P<passes>\S+)(?: target=(?P<target>\S+))?")
+_RUN_LINES = re.compile(r"^// run: (.*(?:\n//  +->.*)*)$", re.MULTILINE)
+_LIST = re.compile(r"([A-Za-z0-9_.]+)=(\[[^\]]*\])")
+
+
+def without_comments(text: str) -> str:
+    bare = _STRING_OR_COMMENT.sub(lambda found: found[1] or "", text)
+    return "".join(f"{line}\n" for line in bare.split("\n") if line)
+
+
+def run_pipeline(text: str, passes: str, target: str | None) -> str:
+    """The text after these passes, verified after each."""
+    context = PassContext(target=load_target(target) if target else None)
+    return print_graph(parse_pipeline(passes).run(parse(text), context))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_round_trip(name: str) -> None:
+    for part in FILES[name].read_text(encoding="utf-8").split(_CHECK):
+        graph = parse(part)
+        assert print_graph(graph) == without_comments(part)
+        assert parse(print_graph(graph)) == graph
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_pass(name: str, bless: bool) -> None:
+    before, check, expected = FILES[name].read_text(encoding="utf-8").partition(_CHECK)
+    run = _RUN.match(before)
+    assert run is not None, "a golden file of a pass starts with its pipeline"
+    found = run_pipeline(before, run["passes"], run["target"])
+    if bless:
+        FILES[name].write_text(before + _CHECK + found, encoding="utf-8")
+    else:
+        assert check
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_verifier(name: str) -> None:
+    lines = FILES[name].read_text(encoding="utf-8").split("\n")
+    announced = [
+        (place if code.strip() else None, words.strip())
+        for place, line in enumerate(lines)
+        for code, mark, words in [line.partition("// error:")]
+        if mark
+    ]
+    graph = parse("\n".join(lines))
+    defining = {_written(v): _line_of(v, graph, lines) for v in graph.values()}
+    for finding in find_faults(graph):
+        named = re.search(r'%(?:[\w.$-]+|"(?:[^"\\]|\\.)*")', finding.place)
+        place = defining[named[0]] if named else None
+        matching = next((a for a in announced if a[0] == place and a[1] in finding.message), None)
+        assert matching is not None, f"line {place}: nothing announces {finding}"
+        announced.remove(matching)
+    assert not announced, "announced, but not found"
+
+
+def _written(value: Value) -> str:
+    return f"%{identifier(value.name)}"
+
+
+def _line_of(value: Value, graph: Graph, lines: list[str]) -> int:
+    start = "graph " if value in graph.inputs else f"  {_written(value)} ="
+    return next(place for place, line in enumerate(lines) if line.startswith(start))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run(name: str) -> None:
+    text = FILES[name].read_text(encoding="utf-8")
+    graph = RangeAnalysis().run(parse(text), PassContext())
+    assert find_faults(graph) == ()
+    program = Program(graph)
+    runners: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+        "interpreter": lambda feeds: interpret(graph, feeds),
+        "unbounded interpreter": lambda feeds: interpret(graph, feeds, unbounded=True),
+        "program": program.run_integer,
+    }
+    lines = _RUN_LINES.findall(text)
+    assert lines, "a golden file of a run has a line `// run: x=[1, 2] -> y=[3]`"
+    for line in lines:
+        left, _, right = line.partition("->")
+        inputs, outputs = ({k: json.loads(v) for k, v in _LIST.findall(side)} for side in (left, right))
+        batch = _batch(graph, inputs)
+        feeds = {v.name: _array(inputs[v.name], v, batch) for v in graph.inputs}
+        assert outputs.keys() == set(graph.output_names)
+        for place, run in runners.items():
+            found = run(feeds)
+            for key, value in zip(graph.output_names, graph.outputs, strict=True):
+                expected = _array(outputs[key], value, batch)
+                message = f"{place}, {left.strip()}: {key} is {found[key].tolist()}, not {expected.tolist()}"
+                assert (found[key].dtype, found[key].shape) == (expected.dtype, expected.shape), message
+                assert found[key].tobytes() == expected.tobytes(), message
+        _assert_in_ranges(graph, trace(graph, feeds))
+
+
+def _batch(graph: Graph, lists: Mapping[str, list[Any]]) -> int:
+    """The samples that the lists fill; 1 where there is no saying."""
+    sized = [v for v in graph.inputs if v.type.is_batched and v.type.sample_size]
+    return len(lists[sized[0].name]) // sized[0].type.sample_size if sized else 1
+
+
+def _array(numbers: list[Any], value: Value, batch: int) -> Tensor:
+    storage = storage_of(value.type.element)
+    return np.array(numbers, storage.dtype if storage else np.float32).reshape(value.type.concrete(batch))
+
+
+def _assert_in_ranges(graph: Graph, arrays: Mapping[str, Tensor]) -> None:
+    for value in graph.values():
+        array = arrays[value.name]
+        if value.range is not None and array.size:
+            assert value.range.lo <= array.min() <= array.max() <= value.range.hi, f"%{value.name} leaves its range"
