@@ -13,7 +13,7 @@ from qir.backends.kernels.plan import Buffer, Layout, memory_of
 from qir.ir import Value
 
 #: Batches are cut into chunks whose buffers take at most this many bytes together, but of one sample at least.
-CHUNK_BYTES: Final = 4 << 20
+CHUNK_BYTES: Final = 2 << 20
 _ALIGNMENT: Final = 64
 
 Progress = Callable[[int, int], None]

@@ -284,7 +284,13 @@ class _Writer:
         self.model.operator(kind, [source], [self.result(op.result)], padding=padding, **options)
 
     def softmax(self, op: Op) -> None:
+        self.check_native("SOFTMAX", op)
         self.model.operator("SOFTMAX", [self.read(op.operands[0])], [self.plain(op)], beta=1.0)
+
+    def check_native(self, kind: str, op: Op) -> None:
+        """Some ops have one output format, and the runtime does not look whether the file states it."""
+        if self.format(op.result) != _NATIVE.get(kind, self.format(op.result)):
+            raise NotTflite(f"{op.describe()} is not in the only format that {kind} has")
 
     def table(self, op: Op) -> None:
         """The op of the typed graph that made the value of this name."""
@@ -300,6 +306,7 @@ class _Writer:
         kind = _TABLES.get(type(made))
         if kind is None:
             raise NotTflite(f"{op.describe()} holds {made.describe()}")
+        self.check_native(kind, op)
         self.model.operator(kind, operands, [self.plain(op)], **options)
 
     def slope(self, x: Value, slope: Value) -> int:
@@ -403,3 +410,5 @@ _TABLES: Mapping[type[Op], str] = {
     Sigmoid: "LOGISTIC",
     Tanh: "TANH",
 }
+
+_NATIVE = {"LOGISTIC": (1 / 256, -128), "SOFTMAX": (1 / 256, -128), "TANH": (1 / 128, 0)}

@@ -23,7 +23,20 @@ from qir.interpreter import interpret
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.fixed_rescale import Requantize, dequantize_array
-from qir.ops.float_elementwise import Add, Clip, HardSwish, LeakyRelu, Mul, PRelu, Relu, Sigmoid, Sub, Tanh
+from qir.ops.float_elementwise import (
+    Add,
+    Clip,
+    Div,
+    HardSigmoid,
+    HardSwish,
+    LeakyRelu,
+    Mul,
+    PRelu,
+    Relu,
+    Sigmoid,
+    Sub,
+    Tanh,
+)
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ArgMax, AveragePool, MaxPool, ReduceMean, Softmax
 from qir.ops.movement import Concat, Gather, Pad, Reshape, Slice, Transpose
@@ -188,15 +201,6 @@ def test_conv_with_a_fused_activation(kind: str, clip: str) -> None:
 
 def test_conv_without_bias() -> None:
     check(convolution("3x3", 6, 3, None, count=1))
-
-
-def test_grouped_convolutions_have_no_counterpart_in_the_file() -> None:
-    constants, _ = linear_constants((6, 2, 3, 3), 0, 0.5, 0)
-    window = {"strides": (1, 1), "pads": (0,) * 4, "dilations": (1, 1), "groups": 2}
-    typed = Case(Conv, [((1, 4, 8, 8), act(0.5))], act(1.0), window, constants).typed()
-    fixed = parse_pipeline("legalize").run(typed, PassContext(load_target("arm-neon")))
-    with pytest.raises(NotTflite, match="groups of several channels"):
-        graph_to_tflite(fixed)
 
 
 @pytest.mark.parametrize("shape", [(100, 37), (2, 50, 37), (2, 5, 10, 37), (BATCH, 34, 37)], ids=str)
@@ -425,3 +429,38 @@ def test_requantize_between_formats(scale: float, out: float) -> None:
 @pytest.mark.parametrize(("shape", "axis"), [((101, 100, 101), 1), ((101, 100, 101), 2), ((10_000, 12), 1)], ids=str)
 def test_argmax(shape: Shape, axis: int, keepdims: bool) -> None:
     check(Case(ArgMax, [(shape, act(0.5))], S64, {"axis": axis, "keepdims": keepdims}, span=4))
+
+
+WINDOW: dict[str, Any] = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1)}
+REFUSED: dict[str, Case] = {
+    "groups of several channels": Case(
+        Conv, [(MAP, act(0.5))], act(1.0), WINDOW | {"groups": 2}, linear_constants((6, 4, 3, 3), 0, 0.5, 0)[0]
+    ),
+    "no counterpart": Case(Div, [(MAP, act(0.5)), (MAP, act(0.5))], act(1.0)),
+    "holds HardSigmoid": Case(HardSigmoid, [(MAP, act(0.5))], act(0.01), {"alpha": 0.2, "beta": 0.5}),
+    "which no fused activation does": Case(Mul, [(MAP, act(0.5))] * 2, act(1.0), {"clip": (-2.0, 7.0)}),
+    "RELU_N1_TO_1 does not stand alone": Case(Clip, [(MAP, act(0.5))], act(0.5), {"minimum": -1.0, "maximum": 1.0}),
+    "would need a fused activation": Case(MatMul, [(MAP, act(0.5))] * 2, act(9.0), {"clip": (0.0, 6.0)}),
+    "which SAME does not give": Case(
+        AveragePool, [(MAP, act(0.5))], act(0.5), WINDOW | {"kernel": (2, 2), "pads": (1, 1, 0, 0)}
+    ),
+    "is dilated": Case(MaxPool, [(MAP, act(0.5))], act(0.5), WINDOW | {"kernel": (2, 2), "dilations": (2, 1)}),
+    "the last of equal elements": Case(
+        ArgMax, [(MAP, act(0.5))], S64, {"axis": 1, "keepdims": False, "select_last_index": True}
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_file_cannot_say_is_refused(reason: str) -> None:
+    typed = REFUSED[reason].typed()
+    fixed = parse_pipeline("legalize").run(typed, PassContext(load_target("arm-neon")))
+    with pytest.raises(NotTflite, match=reason):
+        graph_to_tflite(fixed, typed)
+
+
+def test_a_table_alone_does_not_say_its_function() -> None:
+    typed = Case(Tanh, [(MAP, act(0.5))], act(1 / 128)).typed()
+    fixed = parse_pipeline("legalize").run(typed, PassContext(load_target("arm-neon")))
+    with pytest.raises(NotTflite, match="needs the typed graph"):
+        graph_to_tflite(fixed)
