@@ -63,7 +63,7 @@ def prepare(case: Case, place: Path, scratch: Path) -> tuple[Path, Path]:
 
 
 def measure(case: Case, model: Path, calibration: Path, scratch: Path) -> tuple[float, float, str]:
-    """Seconds, gigabytes (peak resident set) and the table that the command printed. Raises RuntimeError if it fails."""
+    """Seconds, gigabytes (peak resident set) and the table that was printed. Raises RuntimeError if it fails."""
     arguments = ["compile", str(model), "--target", "arm-neon", "-o", str(scratch / f"{case.name}.program")]
     arguments += ["--calibration", str(calibration), *case.options]
     with (scratch / "output").open("w+") as output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,14 @@ def _entering(graph: Graph, value: Value, array: Tensor) -> Tensor:
 
 def evaluate_op(op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) -> tuple[Tensor, ...]:
     """The results of one op: float32 for reals; integers in the smallest dtype that holds their type."""
-    function: Callable[..., tuple[Tensor, ...]]
+    found: tuple[Tensor, ...]
     if op.is_float:
-        function = op.eval_float  # type: ignore[attr-defined]
-        arguments = list(operands)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # IEEE 754 says what comes of these
+            found = op.eval_float(*operands)  # type: ignore[attr-defined]
     else:
-        function = op.eval_int  # type: ignore[attr-defined]
         as_objects = unbounded or op.intermediate_bits() > 63
-        arguments = [_widened(a, as_objects) for a in operands]
-    return tuple(_stored(a, v.type) for a, v in zip(function(*arguments), op.results, strict=True))
+        found = op.eval_int(*(_widened(a, as_objects) for a in operands))  # type: ignore[attr-defined]
+    return tuple(_stored(a, v.type) for a, v in zip(found, op.results, strict=True))
 
 
 def _widened(array: Tensor, as_objects: bool) -> Tensor:
@@ -86,10 +85,9 @@ def _widened(array: Tensor, as_objects: bool) -> Tensor:
 
 
 def _stored(array: Tensor, kind: TensorType) -> Tensor:
-    storage = storage_of(kind.element)
-    if storage is None or array.dtype.kind == "f":
-        return np.asarray(array, np.float32)
-    return np.asarray(array).astype(storage.dtype)
+    storage, array = storage_of(kind.element), np.asarray(array)  # Python ints in 0-d arrays compute to a bare int
+    dtype = np.float32 if storage is None or array.dtype.kind == "f" else storage.dtype
+    return array.astype(dtype, copy=False)
 
 
 def _on_grid(array: Tensor, value: Value) -> Tensor:

@@ -341,7 +341,7 @@ def _equal(left: Graph, right: Graph) -> bool:
             return False
         if any(pairs.get(x) is not y for x, y in zip(a.operands, b.operands, strict=True)):
             return False
-        if any(getattr(a, n) != getattr(b, n) for n in a.attribute_names()):
+        if any(not _same(getattr(a, n), getattr(b, n)) for n in a.attribute_names()):
             return False
         pairs.update(zip(a.results, b.results, strict=True))
     if len(left.outputs) != len(right.outputs):
@@ -349,6 +349,11 @@ def _equal(left: Graph, right: Graph) -> bool:
     if any(pairs.get(x) is not y for x, y in zip(left.outputs, right.outputs, strict=True)):
         return False
     return all(_facts(x) == _facts(y) for x, y in pairs.items())
+
+
+def _same(left: object, right: object) -> bool:
+    """Whether attributes are equal; NaN, which no legal op has, is NaN."""
+    return left == right or (isinstance(left, float | tuple) and repr(left) == repr(right))
 
 
 def _facts(value: Value) -> tuple[object, ...]:

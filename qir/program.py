@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from qir.backends.kernels.executor import Executor
-from qir.backends.kernels.kernel import Facts
+from qir.backends.kernels.kernel import Facts, dtype_of
 from qir.backends.kernels.plan import Buffer, Layout, lay_out
 from qir.errors import Diagnostic, QirError, VerifyError
 from qir.interpreter import check_feeds
@@ -108,28 +109,50 @@ class Program:
         Reals for a quantized input are quantized as the graph's attributes say, integers are taken as they are.
         `progress` is called with the samples done and in all. Raises RunError when feeds do not fit.
         """
-        found = self.run_integer(feeds, progress)
-        for name, value in zip(self.graph.output_names, self.graph.outputs, strict=True):
-            if is_quantized(value.type.element):
-                found[name] = dequantize_array(found[name], value.type.element)
-        return found
+        return self._run(self._executor, feeds, self._outputs(), as_reals=True, progress=progress)
 
     def run_integer(self, feeds: Feeds, progress: Progress | None = None) -> dict[str, Tensor]:
         """The raw integers of the outputs; feeds and errors as of `run`."""
-        outputs = self.graph.outputs
-        found = self._executor.run(self._integers(feeds), list(dict.fromkeys(outputs)), progress)
-        return {name: found[value].copy() for name, value in zip(self.graph.output_names, outputs, strict=True)}
+        return self._run(self._executor, feeds, self._outputs(), as_reals=False, progress=progress)
 
     def trace(self, feeds: Feeds) -> dict[str, Tensor]:
         """Every value by name as the kernels compute it, unfused, constants included; feeds and errors as of `run`."""
         if self._tracer is None:
             self._tracer = Executor(lay_out(self.graph, self._facts, keep_all=True), self._facts)
-        found = self._tracer.run(self._integers(feeds), list(self.graph.values()))
-        return {value.name: array for value, array in found.items()}
+        return self._run(self._tracer, feeds, {v.name: v for v in self.graph.values()}, as_reals=False)
 
-    def _integers(self, feeds: Feeds) -> dict[Value, Tensor]:
+    def _outputs(self) -> dict[str, Value]:
+        return dict(zip(self.graph.output_names, self.graph.outputs, strict=True))
+
+    def _run(
+        self,
+        executor: Executor,
+        feeds: Feeds,
+        wanted: Mapping[str, Value],
+        *,
+        as_reals: bool,
+        progress: Progress | None = None,
+    ) -> dict[str, Tensor]:
+        """The wanted values of the whole batch, quantized and put together chunk by chunk."""
         arrays = check_feeds(self.graph.inputs, feeds)
-        return {v: quantize_input(self.graph, v, a) for v, a in arrays.items()}
+        batch = next((len(a) for v, a in arrays.items() if v.type.is_batched), 1)
+        reals = {n for n, v in wanted.items() if as_reals and is_quantized(v.type.element)}
+        found: dict[str, Tensor] = {
+            n: np.empty(v.type.concrete(batch), np.float32 if n in reals else dtype_of(v.type))
+            for n, v in wanted.items()
+        }
+
+        def collect(part: slice, values: Mapping[Value, Tensor]) -> None:
+            for name, value in wanted.items():
+                array = values[value]
+                if name in reals:
+                    array = dequantize_array(array, value.type.element)
+                found[name][part if value.type.is_batched else ...] = array
+            if progress is not None:
+                progress(part.stop, batch)
+
+        executor.run(arrays, lambda value, array: quantize_input(self.graph, value, array), collect)
+        return found
 
     def plan(self) -> Plan:
         """Kernels, buffers and sizes on this host."""

@@ -46,8 +46,6 @@ class IntegerType:
     hi: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 64:
-            raise QirError(f"an integer type has 1 to 64 bits, not {self.bits}")
         low, high = container_bounds(self.bits, self.signed)
         if not low <= self.lo <= self.hi <= high:
             raise QirError(
@@ -79,7 +77,12 @@ class IntegerType:
 
 
 def container_bounds(bits: int, signed: bool) -> tuple[int, int]:
-    """The least and the greatest value of a two's complement or unsigned container of `bits` bits."""
+    """The least and the greatest value of a two's complement or unsigned container of `bits` bits.
+
+    Raises QirError when the width is outside 1..64.
+    """
+    if not 1 <= bits <= 64:
+        raise QirError(f"an integer type has 1 to 64 bits, not {bits}")
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 

@@ -39,9 +39,7 @@ def large_graph(nodes: int) -> Graph:
     blocks = ends[1:]
     wide = builder.emit(Concat, blocks, axis=1)
     means = builder.emit(ReduceMean, [wide], axes=(2, 3), keepdims=False)
-    return builder.finish(
-        [blocks[-1], builder.emit(Reshape, [means], shape=(len(blocks), SHAPE[0]))], ["last", "mean"]
-    )
+    return builder.finish([blocks[-1], builder.emit(Reshape, [means], shape=(len(blocks), SHAPE[0]))], ["last", "mean"])
 
 
 def _block(builder: GraphBuilder, rng: np.random.Generator, value: Value, source: Value, half: Value) -> Value:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qir.backends.kernels import elementwise_loops as loops
-from qir.backends.kernels.kernel import Call, Facts, Kernel, Memory, Tensor, fits, integers
+from qir.backends.kernels.kernel import WIDEST, Call, Facts, Kernel, Memory, Tensor, clamp_bounds, fits, integers
 from qir.backends.kernels.rescale import TIES
-from qir.fixed_point import Overflow
 from qir.integer_functions import softmax_exponentials, softmax_reciprocal, softmax_terms
 from qir.ir import Op
 from qir.ops.fixed_elementwise import Elementwise, FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
@@ -17,18 +16,18 @@ from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
 from qir.types import zero_array
 
 Flat = Callable[[Tensor, Tensor, Tensor], None]
-_WIDEST = 1 << 62
 
 
 def arithmetic(op: Op, facts: Facts) -> Kernel | None:
     """Add, sub, mul and div in 64-bit registers; an operand that broadcasts is spread out first."""
     assert isinstance(op, Elementwise)
     zeros = [zero_array(v.type.element) for v in (*op.operands, op.result)]
-    if any(z.ndim or not fits(z, np.int32) for z in zeros) or not (_clamps(op) or facts.is_idle(op)):
+    limits = clamp_bounds(op.storage, op.overflow, facts.is_idle(op))
+    if limits is None or any(z.ndim or not fits(z, np.int32) for z in zeros):
         return None
     if any(integers(v.type).bits > 32 for v in (*op.operands, op.result)):
         return None
-    run = _division(op, facts) if isinstance(op, FixedDiv) else _combination(op)
+    run = _division(op, facts, limits) if isinstance(op, FixedDiv) else _combination(op, limits)
     if run is None:
         return None
     spread = [v.type.shape != op.result.type.shape for v in op.operands]
@@ -52,35 +51,30 @@ def arithmetic(op: Op, facts: Facts) -> Kernel | None:
     return Kernel(op.mnemonic, bind, scratch)
 
 
-def _clamps(op: Elementwise) -> bool:
-    return op.overflow in (Overflow.SATURATE, Overflow.NONE)
-
-
-def _combination(op: Elementwise) -> Flat | None:
+def _combination(op: Elementwise, limits: tuple[int, int]) -> Flat | None:
     a_zero, b_zero = (int(zero_array(v.type.element)) for v in op.operands)
-    lo, hi = op.storage.lo, op.storage.hi
     if op.intermediate_bits() > 63:
         return None
     match op:
         case FixedAdd() | FixedSub():
             sign = 1 if isinstance(op, FixedAdd) else -1
-            return lambda a, b, out: loops.add_flat(a, a_zero, b, b_zero, sign, lo, hi, out)
+            return lambda a, b, out: loops.add_flat(a, a_zero, b, b_zero, sign, *limits, out)
         case FixedMul():
-            return lambda a, b, out: loops.multiply_flat(a, a_zero, b, b_zero, lo, hi, out)
+            return lambda a, b, out: loops.multiply_flat(a, a_zero, b, b_zero, *limits, out)
         case _:
             return None
 
 
-def _division(op: FixedDiv, facts: Facts) -> Flat | None:
+def _division(op: FixedDiv, facts: Facts, limits: tuple[int, int]) -> Flat | None:
     """The scaled dividend and divisor must fit 64 bits."""
     a_zero, b_zero, zero = (int(zero_array(v.type.element)) for v in (*op.operands, op.result))
     up, down = op.multiplier << max(op.shift - 31, 0), 1 << max(31 - op.shift, 0)
     spans = [facts.span(v) for v in op.operands]
-    if any(max(-int(s.lo), int(s.hi)) * factor >= _WIDEST for s, factor in zip(spans, (up, down), strict=True)):
+    if any(max(-int(s.lo), int(s.hi)) * factor >= WIDEST for s, factor in zip(spans, (up, down), strict=True)):
         return None
     if not (fits(up, np.int64) and fits(down, np.int64)) or op.multiplier < 0:
         return None
-    numbers = (up, down, 1 << (op.storage.bits + 2), zero, op.storage.lo, op.storage.hi)
+    numbers = (up, down, 1 << (op.storage.bits + 2), zero, *limits)
     return lambda a, b, out: loops.divide_flat(a, a_zero, b, b_zero, *numbers, out)
 
 

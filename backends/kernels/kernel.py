@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
+from qir.fixed_point import Overflow, kept_bounds
 from qir.interpreter import evaluate_op
 from qir.interval import Interval
 from qir.ir import Op, Value
@@ -20,6 +21,9 @@ from qir.types import BATCH, IntegerType, Shape, TensorType, storage_of, zero_ar
 
 Tensor = npt.NDArray[Any]
 Call = Callable[[], None]
+
+#: Values of the 64-bit loops stay below this magnitude, so that no sum or difference of two of them overflows.
+WIDEST: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -113,3 +117,24 @@ def fits(values: npt.ArrayLike, dtype: npt.DTypeLike) -> bool:
     """Whether a NumPy integer dtype holds every value."""
     array, limits = np.asarray(values), np.iinfo(np.dtype(dtype))
     return array.size == 0 or limits.min <= int(array.min()) <= int(array.max()) <= limits.max
+
+
+def fills_container(storage: IntegerType) -> bool:
+    """Whether storing the low bits in the dtype is what wrapping means."""
+    return not storage.is_narrowed and storage.bits == 8 * storage.dtype.itemsize
+
+
+def clamp_bounds(storage: IntegerType, overflow: Overflow, is_idle: bool) -> tuple[int, int] | None:
+    """Bounds such that clamping a 64-bit value to them and storing its low bits is what `overflow` means.
+
+    None where it means something else.
+    """
+    match overflow:
+        case Overflow.SATURATE | Overflow.SATURATE_SYMMETRIC | Overflow.NONE:
+            return kept_bounds(storage.lo, storage.hi, overflow)
+        case Overflow.WRAP if fills_container(storage):
+            return -WIDEST, WIDEST
+        case Overflow.WRAP if storage.is_narrowed:
+            return None
+        case _:
+            return (storage.lo, storage.hi) if is_idle else None

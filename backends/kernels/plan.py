@@ -12,7 +12,8 @@ from qir.backends.kernels.select import select, select_fused
 from qir.ir import Graph, Op, Value
 from qir.ops.constant import Const
 
-_ALIGNMENT: Final = 64
+#: Every buffer starts at a multiple of this many bytes.
+ALIGNMENT: Final = 64
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class _Pool:
 
     def take(self, count: int, last: int) -> int:
         """The offset of `count` bytes that are held up to and including step `last`."""
-        room = -(-max(count, 1) // _ALIGNMENT) * _ALIGNMENT
+        room = -(-max(count, 1) // ALIGNMENT) * ALIGNMENT
         fitting = [(end - start, start, end) for start, end in self._gaps if end - start >= room]
         if fitting:
             _, start, end = min(fitting)

@@ -10,9 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.backends.kernels import rescale_loops as loops
-from qir.backends.kernels.kernel import Call, Facts, Kernel, Tensor, fits, integers, zero_along_last
-from qir.backends.kernels.sums import fills_container
-from qir.fixed_point import Overflow, RequantizeForm, Rounding, reduced_multiplier
+from qir.backends.kernels.kernel import (
+    WIDEST,
+    Call,
+    Facts,
+    Kernel,
+    Tensor,
+    clamp_bounds,
+    fits,
+    integers,
+    zero_along_last,
+)
+from qir.fixed_point import RequantizeForm, Rounding, reduced_multiplier
 from qir.ir import Op
 from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.types import TensorType, scale_array
@@ -31,7 +40,6 @@ TIES: Final = {
 
 #: Parameters are repeated to at least this many, so that the inner loops are long.
 _PERIOD: Final = 256
-_WIDEST: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,10 @@ def requantize(op: Op, facts: Facts) -> Kernel | None:
 
 def rescale_of(op: Requantize, facts: Facts) -> Rescale | None:
     """The loop that a requantize runs, or None where its numbers leave the loops' registers."""
-    limits = _limits(op, facts)
+    limits = clamp_bounds(op.storage, op.overflow, facts.is_idle(op))
     x_zero = zero_along_last(op.operands[0].type)
     zero = zero_along_last(op.result.type)
-    if limits is None or x_zero is None or zero is None or op.input_shift < 0:
+    if limits is None or x_zero is None or zero is None or op.input_shift < 0 or op.storage.bits > 32:
         return None
     parts = _Parts(op, x_zero, zero, limits)
     if op.form in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON):
@@ -78,20 +86,6 @@ def rescale_of(op: Requantize, facts: Facts) -> Rescale | None:
             return _shift(op, parts, reach)
         case _:
             return _real(op, parts, reach)
-
-
-def _limits(op: Requantize, facts: Facts) -> tuple[int, int] | None:
-    """The bounds to clamp to before the low bits are stored; None where the overflow mode is no clamp."""
-    storage = op.storage
-    if storage.bits > 32:
-        return None
-    if op.overflow is Overflow.SATURATE_SYMMETRIC:
-        return max(storage.lo, -storage.hi), storage.hi
-    if op.overflow in (Overflow.SATURATE, Overflow.NONE) or (facts.is_idle(op) and not storage.is_narrowed):
-        return storage.lo, storage.hi
-    if op.overflow is Overflow.WRAP and fills_container(storage):
-        return -_WIDEST, _WIDEST
-    return None
 
 
 class _Parts:
@@ -141,7 +135,7 @@ def _twice(op: Requantize, parts: _Parts) -> Rescale | None:
 
 def _once(op: Requantize, parts: _Parts, multiplier: Tensor, bits: int, reach: int) -> Rescale | None:
     right = bits - op.shift.data
-    if reach >= 1 << (63 - bits) or reach * int(multiplier.max(initial=0)) >= _WIDEST:
+    if reach >= 1 << (63 - bits) or reach * int(multiplier.max(initial=0)) >= WIDEST:
         return None
     if bool((right < 0).any()) or bool((right > 62).any()):
         return None
@@ -163,7 +157,7 @@ def _once(op: Requantize, parts: _Parts, multiplier: Tensor, bits: int, reach: i
 def _shift(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:
     left = op.input_shift + np.maximum(op.shift.data, 0)
     right = np.maximum(-op.shift.data, 0)
-    if int(left.max(initial=0)) > 62 or reach << int(left.max(initial=0)) >= _WIDEST or int(right.max(initial=0)) > 62:
+    if int(left.max(initial=0)) > 62 or reach << int(left.max(initial=0)) >= WIDEST or int(right.max(initial=0)) > 62:
         return None
     assert op.rounding is not None
     ties = np.array(TIES[op.rounding], np.int64)
@@ -173,8 +167,9 @@ def _shift(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:
 
 def _real(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:
     single = op.form is RequantizeForm.FLOAT32
-    multiplier = parts.along(op.multiplier.data, np.float32 if single else np.float64)
-    if reach >= _WIDEST or not np.isfinite(multiplier).all():
+    with np.errstate(over="ignore"):
+        multiplier = parts.along(op.multiplier.data, np.float32 if single else np.float64)
+    if reach >= WIDEST or not np.isfinite(multiplier).all():
         return None
     left = parts.along(op.input_shift, np.int64)
     arguments = (parts.x_zero, left, multiplier, parts.low, parts.high, parts.zero)
@@ -195,7 +190,8 @@ def quantize(op: Op, facts: Facts) -> Kernel | None:
     scale = scale_array(op.result.type.element).astype(np.float32)  # type: ignore[arg-type]
     period = period_of(op.result.type, (scale, zero))
     if op.rule is QuantizeRule.RECIPROCAL:
-        scale = np.float32(1) / scale
+        with np.errstate(over="ignore"):
+            scale = np.float32(1) / scale
     arguments = (
         np.resize(np.atleast_1d(scale), period),
         op.rule is QuantizeRule.RECIPROCAL,

@@ -10,11 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.backends.kernels import linear_loops as loops
-from qir.backends.kernels.kernel import Call, Facts, Memory, Tensor, fits, integers, zero_along_last
+from qir.backends.kernels.kernel import (
+    Call,
+    Facts,
+    Memory,
+    Tensor,
+    fills_container,
+    fits,
+    integers,
+    zero_along_last,
+)
 from qir.fixed_point import Overflow
 from qir.ops.accumulate import Accumulating, centre
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
-from qir.types import IntegerType
 
 #: Terms that the loops take at a time.
 _QUAD: Final = 4
@@ -61,11 +69,6 @@ def sums_of(op: Accumulating, facts: Facts) -> Sums | None:
             return _sum(op, dtype)
         case _:
             return None
-
-
-def fills_container(storage: IntegerType) -> bool:
-    """Whether storing the low bits in the dtype is what wrapping means."""
-    return not storage.is_narrowed and storage.bits == 8 * storage.dtype.itemsize
 
 
 def _sum_dtype(op: Accumulating, facts: Facts) -> np.dtype[Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-import large_graphs  # noqa: E402
-import models  # noqa: E402
+import large_graphs
+import models
 
 __all__ = ["large_graphs", "models"]

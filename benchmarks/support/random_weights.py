@@ -44,9 +44,7 @@ def light_model(name: str, folder: Path, seed: int = 0) -> Path:
     return path
 
 
-def _weight(
-    rng: np.random.Generator, shape: tuple[int, ...], op_type: str, place: int
-) -> npt.NDArray[np.float64]:
+def _weight(rng: np.random.Generator, shape: tuple[int, ...], op_type: str, place: int) -> npt.NDArray[np.float64]:
     normal = rng.normal(size=shape)
     if op_type in ("Conv", "Gemm") and place == 1:
         return normal * np.sqrt(2 / max(1, int(np.prod(shape[1:]))))

@@ -216,7 +216,7 @@ class _Writer:
         tensors = [self.model.tensor(weight.name, data.shape, np.int8, scales, 0, axis, data)]
         bias = source.optional_operand(2)
         if bias is None:
-            return [*tensors, -1]
+            return tensors  # an input of -1, as the schema has it, crashes the runtime in DEPTHWISE_CONV_2D
         products = (np.float64(self.format(x)[0]) * scales.astype(np.float64)).astype(np.float32)
         integers = self.constant(bias).astype(np.int32)
         return [*tensors, self.model.tensor(bias.name, integers.shape, np.int32, products, 0, 0, integers)]
@@ -329,6 +329,7 @@ class _Writer:
 
     def transpose(self, op: Op) -> None:
         assert isinstance(op, FixedTranspose)
+        self.format(op.result)  # the runtime moves int8 and no indices
         self.move("TRANSPOSE", op, op.perm)
 
     def concat(self, op: Op) -> None:

@@ -199,8 +199,9 @@ def test_conv_with_a_fused_activation(kind: str, clip: str) -> None:
         check(constants)
 
 
-def test_conv_without_bias() -> None:
-    check(convolution("3x3", 6, 3, None, count=1))
+@pytest.mark.parametrize("kind", ["3x3", "depthwise multiplied", "1-d"])
+def test_conv_without_bias(kind: str) -> None:
+    check(convolution(kind, 6, 3, None, count=1))
 
 
 @pytest.mark.parametrize("shape", [(100, 37), (2, 50, 37), (2, 5, 10, 37), (BATCH, 34, 37)], ids=str)

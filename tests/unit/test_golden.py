@@ -1,7 +1,7 @@
 """Texts under `tests/golden/`, each of the kind that its `//` lines make it; CONTRIBUTING.md lists the kinds.
 
-- `verifier/`: every finding is announced by `// error: words of it`, on the line that defines what it names, or alone
-  on a line where it names none. The graph is legal without such lines.
+- `verifier/`: every finding is announced by `// error: words of it` on the line that defines what it names, or on that
+  of `return` where it names no value.
 - `run/`: `// run: x=[1, 2] -> y=[3]` holds on the interpreter, with int64 and with unbounded integers, and in the
   program. Lists are flat and row-major; as many samples as they fill are run. A line may go on in `//   -> z=[4]`.
 - any other folder: `// RUN: pipeline [target=NAME]` turns the text into the one below `// CHECK`.
@@ -26,7 +26,7 @@ from qir.parser import parse
 from qir.pass_manager import PassContext
 from qir.passes.pipelines import parse_pipeline
 from qir.passes.range_analysis import RangeAnalysis
-from qir.printer import identifier, print_graph
+from qir.printer import print_graph
 from qir.program import Program
 from qir.types import storage_of
 from qir.verifier import find_faults
@@ -81,30 +81,20 @@ def test_pass(name: str, bless: bool) -> None:
 @pytest.mark.parametrize("name", ILLEGAL)
 def test_verifier(name: str) -> None:
     lines = FILES[name].read_text(encoding="utf-8").split("\n")
-    announced = [
-        (place if code.strip() else None, words.strip())
-        for place, line in enumerate(lines)
-        for code, mark, words in [line.partition("// error:")]
-        if mark
-    ]
-    graph = parse("\n".join(lines))
-    defining = {_written(v): _line_of(v, graph, lines) for v in graph.values()}
-    for finding in find_faults(graph):
-        named = re.search(r'%(?:[\w.$-]+|"(?:[^"\\]|\\.)*")', finding.place)
-        place = defining[named[0]] if named else None
+    announced = [(place, words.strip()) for place, line in enumerate(lines) for words in line.split("// error:")[1:]]
+    for finding in find_faults(parse("\n".join(lines))):
+        named = re.search(r"%\w+", finding.place)
+        place = _defining_line(lines, named[0] if named else "  return")
         matching = next((a for a in announced if a[0] == place and a[1] in finding.message), None)
-        assert matching is not None, f"line {place}: nothing announces {finding}"
+        assert matching is not None, f"line {place + 1}: nothing announces {finding}"
         announced.remove(matching)
     assert not announced, "announced, but not found"
 
 
-def _written(value: Value) -> str:
-    return f"%{identifier(value.name)}"
-
-
-def _line_of(value: Value, graph: Graph, lines: list[str]) -> int:
-    start = "graph " if value in graph.inputs else f"  {_written(value)} ="
-    return next(place for place, line in enumerate(lines) if line.startswith(start))
+def _defining_line(lines: list[str], what: str) -> int:
+    """The line that starts with `what`, or else defines it in the head of the graph."""
+    start = re.compile(rf"(?:  (?:%\w+, )*|graph .*){re.escape(what.strip())}\b")
+    return next(place for place, line in enumerate(lines) if start.match(line))
 
 
 @pytest.mark.parametrize("name", RUNS)
