@@ -65,7 +65,7 @@ def digits(folder: Path) -> Case:
 
     scikit-learn has no training images beside these: each half is measured with 200 of the other half for calibration.
     """
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     data = load_digits()
     images = np.zeros((len(data.images), 1, 28, 28), np.float32)

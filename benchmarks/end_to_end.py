@@ -1,14 +1,15 @@
 """Milliseconds an image of the three Fashion-MNIST models: qir's program beside ONNX Runtime, float32 and int8.
 
 All take turns in one process, on one thread each, so that they see the same machine. A ratio is formed within a round,
-qir's time over the other's, and shown as median (least to greatest): under 1 qir is faster. ONNX Runtime's int8 is its own static
-quantizer (QDQ, per channel, min-max) on its default kernels, which on x86 without VNNI saturate 16-bit sums and so give
-other bits than they should: a peer in speed alone.
+qir's time over the other's, and shown as median (least to greatest): under 1 qir is faster. ONNX Runtime's int8 is its
+own static quantizer (QDQ, per channel, min-max) on its default kernels, which on x86 without VNNI saturate 16-bit sums
+and so give other bits than they should: a peer in speed alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import statistics
 import sys
@@ -70,7 +71,9 @@ def contenders(name: str, scratch: Path) -> dict[str, Run]:
     return {"qir": lambda images: program.run({"x": images}), _FLOAT: session(path), _INT8: session(quantized)}
 
 
-def measure(runs: Mapping[str, Run], images: Array, rounds: int, progress: Callable[[int], None]) -> dict[str, Array]:
+def measure(
+    runs: Mapping[str, Run], images: Array, rounds: int, progress: Callable[[int, int], None]
+) -> dict[str, Array]:
     """Milliseconds an image by contender, one for each round; whoever begins changes from round to round."""
     repeats = {}
     for name, run in runs.items():
@@ -82,7 +85,7 @@ def measure(runs: Mapping[str, Run], images: Array, rounds: int, progress: Calla
         for name in names[number % len(names) :] + names[: number % len(names)]:
             seconds = _seconds(runs[name], images, repeats[name])
             found[name].append(1000 * seconds / repeats[name] / len(images))
-        progress(number + 1)
+        progress(number + 1, rounds)
     return {name: np.array(times) for name, times in found.items()}
 
 
@@ -111,7 +114,9 @@ def report(batches: Sequence[int], rounds: int, progress: Progress) -> None:
         for name in models.PATHS:
             runs = contenders(name, Path(scratch))
             for batch in batches:
-                times = measure(runs, images[:batch], rounds, lambda done: progress(name, done, rounds))
+                times = measure(
+                    runs, images[:batch], rounds, functools.partial(progress, f"{name} in batches of {batch}")
+                )
                 print(row(name, batch, times), flush=True)
 
 

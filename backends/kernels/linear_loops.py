@@ -6,9 +6,13 @@ those of any order, whenever the true result fits or the accumulator wraps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from qir.backends.kernels.jit import kernel
+
+#: Neighbouring pixels of a row that are summed together: the innermost loop then starts without checks of its own, and
+#: weights are read once for all of them.
+_BLOCK: Final = 32
 
 
 @kernel
@@ -37,26 +41,36 @@ def contract(
     """
     number = out.dtype.type
     outputs = weights.shape[2]
-    for p in range(first, last):
-        image = p // (height * width)
-        row = p // width - image * height
-        pixel = starts[image] + row * row_step + (p % width) * pixel_step
+    width_out = groups * outputs
+    p = first
+    while p < last:
+        image, column = p // (height * width), p % width
+        count = min(width - column, last - p, _BLOCK)
+        pixel = starts[image] + (p // width - image * height) * row_step + column * pixel_step
         for g in range(groups):
             w = weights[which[image] * groups + g]
-            begin = ((p - first) * groups + g) * outputs
-            acc = out[begin : begin + outputs]
-            initial = bias[g * outputs : (g + 1) * outputs]
-            for o in range(outputs):
-                acc[o] = initial[o]
+            acc = out[(p - first) * width_out + g * outputs :]
+            for i in range(count):
+                for o in range(outputs):
+                    acc[i * width_out + o] = bias[g * outputs + o]
             at = pixel + g * group_step
             for k in range(0, places.shape[0], 4):
-                x0, x1 = number(x[at + places[k]]), number(x[at + places[k + 1]])
-                x2, x3 = number(x[at + places[k + 2]]), number(x[at + places[k + 3]])
+                at0, at1, at2, at3 = at + places[k], at + places[k + 1], at + places[k + 2], at + places[k + 3]
                 w0, w1, w2, w3 = w[k], w[k + 1], w[k + 2], w[k + 3]
-                for o in range(outputs):
-                    near = number(number(x0 * number(w0[o])) + number(x1 * number(w1[o])))
-                    far = number(number(x2 * number(w2[o])) + number(x3 * number(w3[o])))
-                    acc[o] = number(acc[o] + number(near + far))
+                for i in range(count):
+                    move = i * pixel_step
+                    x0, x1, x2, x3 = (
+                        number(x[at0 + move]),
+                        number(x[at1 + move]),
+                        number(x[at2 + move]),
+                        number(x[at3 + move]),
+                    )
+                    target = acc[i * width_out : i * width_out + outputs]
+                    for o in range(outputs):
+                        near = number(number(x0 * number(w0[o])) + number(x1 * number(w1[o])))
+                        far = number(number(x2 * number(w2[o])) + number(x3 * number(w3[o])))
+                        target[o] = number(target[o] + number(near + far))
+        p += count
 
 
 @kernel
@@ -80,21 +94,26 @@ def contract_depthwise(
     """
     number = out.dtype.type
     channels = weights.shape[1]
-    for p in range(first, last):
-        image = p // (height * width)
-        row = p // width - image * height
-        pixel = starts[image] + row * row_step + (p % width) * pixel_step
-        begin = (p - first) * channels
-        acc = out[begin : begin + channels]
-        for c in range(channels):
-            acc[c] = bias[c]
-        for k in range(0, places.shape[0], 3):
-            at0, at1, at2 = pixel + places[k], pixel + places[k + 1], pixel + places[k + 2]
-            x0, x1, x2 = x[at0 : at0 + channels], x[at1 : at1 + channels], x[at2 : at2 + channels]
-            w0, w1, w2 = weights[k], weights[k + 1], weights[k + 2]
+    p = first
+    while p < last:
+        image, column = p // (height * width), p % width
+        count = min(width - column, last - p, _BLOCK)
+        pixel = starts[image] + (p // width - image * height) * row_step + column * pixel_step
+        acc = out[(p - first) * channels : (p - first + count) * channels]
+        for i in range(count):
             for c in range(channels):
-                near = number(number(x0[c]) * number(w0[c]) + number(x1[c]) * number(w1[c]))
-                acc[c] = number(acc[c] + number(near + number(number(x2[c]) * number(w2[c]))))
+                acc[i * channels + c] = bias[c]
+        for k in range(0, places.shape[0], 3):
+            w0, w1, w2 = weights[k], weights[k + 1], weights[k + 2]
+            for i in range(count):
+                at = pixel + i * pixel_step
+                at0, at1, at2 = at + places[k], at + places[k + 1], at + places[k + 2]
+                x0, x1, x2 = x[at0 : at0 + channels], x[at1 : at1 + channels], x[at2 : at2 + channels]
+                target = acc[i * channels : (i + 1) * channels]
+                for c in range(channels):
+                    near = number(number(x0[c]) * number(w0[c]) + number(x1[c]) * number(w1[c]))
+                    target[c] = number(target[c] + number(near + number(number(x2[c]) * number(w2[c]))))
+        p += count
 
 
 @kernel

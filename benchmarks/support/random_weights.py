@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def light_model(name: str, folder: Path, seed: int = 0) -> Path:
 def _weight(rng: np.random.Generator, shape: tuple[int, ...], op_type: str, place: int) -> npt.NDArray[np.float64]:
     normal = rng.normal(size=shape)
     if op_type in ("Conv", "Gemm") and place == 1:
-        return normal * np.sqrt(2 / max(1, int(np.prod(shape[1:]))))
+        return normal * math.sqrt(2 / math.prod(shape[1:]))
     if op_type == "BatchNormalization" and place in _BATCH_NORM_INPUTS:
         if _BATCH_NORM_INPUTS[place] == "variance":
             return np.abs(1 + 0.2 * normal) + 0.05

@@ -12,73 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 Pixels = npt.NDArray[np.uint8]
 
-_WORDS = [
-    "quantize",
-    "kernel",
-    "tensor",
-    "Model",
-    "integer",
-    "bit",
-    "exact",
-    "accuracy",
-    "compile",
-    "Hardware",
-    "target",
-    "layer",
-    "convolution",
-    "signal",
-    "Release",
-    "package",
-    "version",
-    "error",
-    "warning",
-    "Result",
-    "system",
-    "network",
-    "memory",
-    "address",
-    "output",
-    "input",
-    "shape",
-    "batch",
-    "window",
-    "filter",
-    "order",
-    "total",
-    "amount",
-    "invoice",
-    "Customer",
-    "number",
-    "street",
-    "London",
-    "Paris",
-    "Berlin",
-    "Tokyo",
-    "price",
-    "table",
-    "figure",
-    "chapter",
-    "section",
-    "Page",
-    "review",
-    "open",
-    "source",
-    "license",
-    "value",
-    "range",
-    "scale",
-    "zero",
-    "point",
-    "round",
-    "shift",
-    "cast",
-    "clip",
-    "weight",
-    "bias",
-    "graph",
-    "node",
-    "edge",
-]
+_TEXT = (
+    "quantize kernel tensor Model integer bit exact accuracy compile Hardware target layer convolution signal "
+    "Release package version error warning Result system network memory address output input shape batch window "
+    "filter order total amount invoice Customer number street London Paris Berlin Tokyo price table figure "
+    "chapter section Page review open source license value range scale zero point round shift cast clip weight "
+    "bias graph node edge"
+)
+_WORDS = _TEXT.split()
 
 
 def oriented_lines(count: int, fonts: Sequence[Path]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -101,7 +42,7 @@ def _word(rng: np.random.Generator) -> str:
         return str(rng.integers(10, 99999))
     if kind < 0.3:
         return f"{rng.integers(1, 2000) / 100:.2f}"
-    word = _WORDS[rng.integers(len(_WORDS))]
+    word = _WORDS[int(rng.integers(len(_WORDS)))]
     if rng.random() < 0.7:
         return word
     return word.upper() if rng.random() < 0.5 else word.title()
@@ -110,7 +51,7 @@ def _word(rng: np.random.Generator) -> str:
 def _line(rng: np.random.Generator, fonts: Sequence[Path]) -> Pixels:
     """One word, dark on light or the reverse, cropped with a margin: RGB [H, W, 3]."""
     text = _word(rng)
-    font = ImageFont.truetype(str(fonts[rng.integers(len(fonts))]), int(rng.integers(22, 40)))
+    font = ImageFont.truetype(str(fonts[int(rng.integers(len(fonts)))]), int(rng.integers(22, 40)))
     left, top, right, bottom = font.getbbox(text)
     margin = int(rng.integers(2, 8))
     ground, ink = _colour(rng.integers(170, 256, 3)), _colour(rng.integers(0, 90, 3))

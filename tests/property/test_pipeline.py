@@ -1,5 +1,7 @@
-"""Random float graphs through the whole default pipeline for arm-neon: legal text at every stage, proved ranges, kernels
-that equal the interpreter, and results as near the float model as rounding lets them be.
+"""Random float graphs through the whole default pipeline for arm-neon.
+
+Every stage is legal and reads back from its text, every value lies in its proved range, kernels equal the interpreter,
+and the results are as near the float model as rounding lets them be.
 """
 
 from __future__ import annotations

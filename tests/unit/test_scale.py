@@ -1,4 +1,4 @@
-"""Thousands of ops in one chain, deeper than Python's stack may get: every pass, the text and the program stay right."""
+"""Thousands of ops in one chain, deeper than Python's stack may get: passes, text and program stay right."""
 
 from __future__ import annotations
 
