@@ -87,6 +87,9 @@ class Plan:
 class Program:
     """An integer program of stage `fixed`, verified and proved again before a kernel is bound.
 
+    A batch of any size runs in chunks whose buffers take at most 2 MiB, but of one sample at least, in memory that is
+    kept from call to call. Threads may share a program; they take turns.
+
     Raises VerifyError when what the graph states is not so or ranges are not stated, and QirError at another stage.
     """
 

@@ -23,7 +23,7 @@ Collect = Callable[[slice, Mapping[Value, Tensor]], None]
 class Executor:
     """Runs a layout. Arrays are made for a chunk size when it first comes, and kept as long as batches need it.
 
-    One call runs at a time; others wait.
+    One thread runs at a time; others wait.
     """
 
     def __init__(self, layout: Layout, facts: Facts) -> None:
@@ -33,7 +33,7 @@ class Executor:
         self._arena = np.empty(0, np.uint8)
         self._capacity = -1
         self._bound: dict[int, _Bound] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `collect` may come back with another batch
 
     def run(self, feeds: Mapping[Value, Tensor], prepare: Prepare, collect: Collect) -> None:
         """Run every step on each chunk of the feeds.
