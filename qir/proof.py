@@ -37,7 +37,19 @@ class Proof:
 
 
 def prove(graph: Graph) -> Proof:
-    """Bounds of every integer value of a fixed-stage graph, from the storage bounds of its inputs."""
+    """Bounds of every integer value of a fixed-stage graph, from the storage bounds of its inputs.
+
+    A graph never changes, so its proof is worked out once and kept on it: the verifier, the next pass and the program
+    ask for the same one.
+    """
+    known: Proof | None = graph.__dict__.get("_proof")
+    if known is None:
+        known = _prove(graph)
+        object.__setattr__(graph, "_proof", known)
+    return known
+
+
+def _prove(graph: Graph) -> Proof:
     bounds: dict[Value, Bounds] = {}
     steps: dict[Op, OpBounds] = {}
     diagnostics: list[Diagnostic] = []

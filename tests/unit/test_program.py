@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,26 @@ def test_batches_may_change_from_call_to_call() -> None:
     for count in (3, 1, 200, 0, 3, 100):
         feeds = {"x": samples(count, seed=count)}
         assert np.array_equal(program.run_integer(feeds)["y"], interpret(NET, feeds)["y"])
+
+
+def test_threads_take_turns() -> None:
+    program = Program(NET)
+    feeds = [{"x": samples(count, seed=count)} for count in (1, 5, 40, 7, 200, 3)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(program.run_integer, feeds * 5))
+    for one, result in zip(feeds * 5, found, strict=True):
+        assert np.array_equal(result["y"], interpret(NET, one)["y"])
+
+
+def test_progress_may_run_the_program_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "CHUNK_BYTES", 2 * Program(NET).plan().sample_bytes)
+    program = Program(NET)
+    within: list[Tensor] = []
+    feeds, other = {"x": samples(7)}, {"x": samples(3, seed=2)}
+    found = program.run_integer(feeds, lambda done, total: within.append(program.run_integer(other)["y"]))["y"]
+    assert np.array_equal(found, interpret(NET, feeds)["y"])
+    assert len(within) == 4
+    assert all(np.array_equal(w, interpret(NET, other)["y"]) for w in within)
 
 
 @pytest.mark.parametrize(
