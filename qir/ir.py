@@ -200,6 +200,9 @@ def as_float32(value: float) -> float:
 Attribute = int | float | str | bool | tuple[int, ...] | tuple[float, ...]
 
 
+_ATTRIBUTE_NAME = re.compile(r"(?!(?:inf|nan)$)[A-Za-z_][A-Za-z0-9_]*")
+
+
 def _printable(value: Attribute) -> Attribute:
     if isinstance(value, tuple):
         return tuple(as_float32(v) if isinstance(v, float) else v for v in value)
@@ -227,7 +230,7 @@ class Graph:
     def __post_init__(self) -> None:
         if len(self.outputs) != len(self.output_names):
             raise QirError(f"graph @{self.name}: {len(self.outputs)} outputs but {len(self.output_names)} output names")
-        unprintable = next((k for k in self.attributes if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", k)), None)
+        unprintable = next((k for k in self.attributes if not _ATTRIBUTE_NAME.fullmatch(k)), None)
         if unprintable is not None:
             raise QirError(f"graph @{self.name}: the name of the attribute {unprintable!r} is no word")
         rounded = {k: _printable(v) for k, v in self.attributes.items()}

@@ -67,7 +67,7 @@ def _prove(graph: Graph) -> Proof:
             continue
         for value in op.results:
             _whole_range(value, bounds)
-        if not op.is_float:
+        if not op.is_float and any(v in bounds for v in op.results):
             message = "no range rule for these operands; its results are taken to span their whole type"
             diagnostics.append(Diagnostic(op.describe(), message, "warning"))
     integer = {v: b for v, b in bounds.items() if storage_of(v.type.element) is not None}

@@ -113,11 +113,11 @@ def write_graph(graph: Graph, path: str | Path, sidecar: str = "") -> None:
     """Write the text to `path` and its large arrays beside it, in `sidecar` or a file named by their hash."""
     path = Path(path)
     arrays = resources(graph)
-    if arrays:
-        sidecar = sidecar or sidecar_name(graph)
-        if not (path.parent / sidecar).exists() or not sidecar.startswith("constants-"):
-            write_bytes(path.parent / sidecar, save({n: np.asarray(a.data) for n, a in arrays.items()}))
-    write_bytes(path, print_graph(graph, sidecar).encode())
+    sidecar = (sidecar or sidecar_name(graph)) if arrays else ""
+    text = print_graph(graph, sidecar).encode()  # before anything is written: a graph may have no text
+    if arrays and not (sidecar.startswith("constants-") and (path.parent / sidecar).exists()):
+        write_bytes(path.parent / sidecar, save({n: np.asarray(a.data) for n, a in arrays.items()}))
+    write_bytes(path, text)
 
 
 def read_graph(path: str | Path) -> Graph:

@@ -132,6 +132,8 @@ class FixedSoftmax(Op):
         source = storage_of(self.operands[0].type.element)
         if source is None or source.base_name != "s8" or storage_of(self.result.type.element) != S8:
             yield "this softmax is defined for s8 in and out"
+        if not (0 <= self.multiplier < 1 << 31 and 0 <= self.left_shift <= 31 and -(1 << 31) < self.diff_min <= 0):
+            yield "the multiplier is in [0, 2^31), the left shift in [0, 31] and the least difference in (-2^31, 0]"
 
     def intermediate_bits(self) -> int:
         """Products of two 32-bit registers."""

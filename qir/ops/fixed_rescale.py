@@ -73,9 +73,9 @@ class Requantize(Op):
     def check(self) -> Iterator[str]:
         """Multiplier, shift and rounding suit the form, and the types suit them."""
         yield from integer_operands(self)
-        is_float = self.multiplier.data.dtype.kind == "f"
-        if is_float != (self.form in _FLOAT_FORMS):
-            yield f"the form {self.form} takes {'float' if self.form in _FLOAT_FORMS else 'integer'} multipliers"
+        is_float = self.form in _FLOAT_FORMS
+        if self.multiplier.data.dtype.kind != ("f" if is_float else "i"):
+            yield f"the form {self.form} takes {'float' if is_float else 'integer'} multipliers"
         if (self.form is RequantizeForm.SHIFT) != (self.rounding is not None):
             yield "a rounding mode belongs to the form shift, and only to it"
         limit = np.inf if is_float else 1 << 31

@@ -153,7 +153,8 @@ class Concat(Movement):
         """Shapes agree but for the axis. Raises QirError otherwise."""
         shapes = [v.type.shape for v in self.operands]
         axis = normalize_axis(self.axis, len(shapes[0]))
-        if any(s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
+        around = {(len(s), s[:axis], s[axis + 1 :]) for s in shapes}
+        if len(around) > 1:
             raise QirError(f"shapes differ outside of axis {axis}")
         total = sum(known_dim(s[axis], "the axis of a concatenation") for s in shapes)
         return ((*shapes[0][:axis], total, *shapes[0][axis + 1 :]),)
