@@ -143,4 +143,7 @@ def pad_spatial(
         begin, end = window.pad(axis)
         reach = (outputs[axis] - 1) * window.strides[axis] + window.extent(axis)
         widths[first_axis + axis] = (begin, max(end, reach - size - begin))
-    return np.pad(x, widths, constant_values=fill)
+    # Not np.pad, which fills an object array with int64 instead of Python ints.
+    padded = np.full([begin + size + end for size, (begin, end) in zip(x.shape, widths, strict=True)], fill, x.dtype)
+    padded[tuple(slice(begin, begin + size) for size, (begin, _) in zip(x.shape, widths, strict=True))] = x
+    return padded

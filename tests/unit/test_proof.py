@@ -27,6 +27,8 @@ from qir.rewrite import GraphBuilder
 from qir.types import BATCH, S8, S64, IntegerType, TensorType, affine, integer
 
 Tensor = npt.NDArray[Any]
+#: A weight and the place in a sample that it multiplies.
+Products = list[tuple[int, tuple[int, ...]]]
 
 
 # The worst inputs of a layer
@@ -82,17 +84,17 @@ class Layer:
             Conv2d, operands, pads=pads, strides=strides, dilations=dilations, groups=groups, **attributes
         )
 
-    def terms(self) -> list[tuple[int, list[tuple[int, tuple[int, ...]]]]]:
+    def terms(self) -> list[tuple[int, Products]]:
         """For each sum of a sample: its channel, and weight and place in x of each product, in order."""
         op = self.graph.ops[-1]
         if not isinstance(op, Conv2d):
             length, outputs = self.centred.shape
             return [(o, [(int(self.centred[k, o]), (k,)) for k in range(length)]) for o in range(outputs)]
-        found = []
+        found: list[tuple[int, Products]] = []
         height, width = op.operands[0].type.concrete(1)[1:3]
         outputs, _, _, per_group = self.centred.shape
         for i, j, o in itertools.product(*map(range, self.value.type.concrete(1)[1:])):
-            products = []
+            products: Products = []
             for r, s, c in np.ndindex(*self.centred.shape[1:]):
                 y = i * op.strides[0] + r * op.dilations[0] - op.pads[0]
                 x = j * op.strides[1] + s * op.dilations[1] - op.pads[1]
@@ -103,11 +105,16 @@ class Layer:
         return found
 
 
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    return Layer(draw)
+
+
 @settings(max_examples=max(150, settings().max_examples))
 @given(data=st.data())
 def test_the_bounds_of_a_layer_are_attained(data: st.DataObject) -> None:
     """Per channel and for every partial sum, in the order that the op states, at padded borders too."""
-    layer = Layer(data.draw)
+    layer = data.draw(layers())
     storage, zero = layer.storage, layer.zero
     terms = layer.terms()
     x = np.full((2 * len(terms), *layer.graph.inputs[0].type.concrete(1)[1:]), storage.lo)
@@ -162,7 +169,7 @@ def test_every_pair_of_small_integers(op_class: Any, overflow: Overflow) -> None
     ):
         if overflow is Overflow.WRAP and result.is_narrowed:
             continue
-        extra = {"multiplier": 1 << 30, "shift": 2} if op_class is FixedDiv else {}
+        extra: dict[str, Any] = {"multiplier": 1 << 30, "shift": 2} if op_class is FixedDiv else {}
         for zeros in itertools.product((0, 1), (0, 1)):
             builder = GraphBuilder("pair", Stage.FIXED)
             kinds = [integer(*s) for s in (left, right)]
@@ -260,7 +267,8 @@ def test_what_may_overflow_spans_its_whole_type() -> None:
 
 def test_an_op_without_a_rule_spans_its_whole_type_and_is_named() -> None:
     graph = parse(
-        'graph @g stage=fixed (%x: Nx2 x u1, %t: 2 x s4) {\n  %y = table %x, %t : Nx2 x s8[-9, 9] loc("node")\n  return %y\n}\n'
+        "graph @g stage=fixed (%x: Nx2 x u1, %t: 2 x s4) {\n"
+        '  %y = table %x, %t : Nx2 x s8[-9, 9] loc("node")\n  return %y\n}\n'
     )
     proof = prove(graph)
     assert proof.interval(graph.outputs[0]) == Interval(-9, 9)
