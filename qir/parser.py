@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -38,14 +38,15 @@ T = TypeVar("T")
 
 _TOKEN = re.compile(
     r"""
-    (?P<space>[ \t\r]+|//[^\n]*)
-  | (?P<newline>\n)
+    [ \t\r]*(?:
+    (?P<newline>(?://[^\n]*)?(?:\n|\Z))
   | (?P<name>[%@](?:[A-Za-z0-9_][A-Za-z0-9_.$-]*|"(?:[^"\\\n]|\\.)*"))
   | (?P<string>"(?:[^"\\\n]|\\.)*")
   | (?P<shape>(?:N|\d+)(?:x\d+)+(?![\w.]))
   | (?P<number>-?(?:inf\b|nan\b|\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![\w]))
   | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
   | (?P<symbol>[{}()\[\]<>=,:^])
+    )
     """,
     re.VERBOSE | re.ASCII,
 )
@@ -53,8 +54,7 @@ _TOKEN = re.compile(
 _LONGEST_NUMBER: Final = 60
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A lexeme and where it starts, both counted from 1."""
 
     kind: str
@@ -67,16 +67,18 @@ def tokenize(text: str, source: str) -> list[Token]:
     """The lexemes of `text`, closed by one of kind `end`. Raises ParseError at a character that starts none."""
     tokens: list[Token] = []
     position, line, start = 0, 1, 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise ParseError(f"unexpected character {text[position]!r}", line, position - start + 1, source)
-        kind = str(match.lastgroup)
-        if kind == "newline":
-            line, start = line + 1, match.end()
-        elif kind != "space":
-            tokens.append(Token(kind, match.group(), line, position - start + 1))
+    for match in _TOKEN.finditer(text):
+        if match.start() != position:
+            break
         position = match.end()
+        kind = str(match.lastgroup)
+        if kind != "newline":
+            tokens.append(Token(kind, match[kind], line, match.start(kind) - start + 1))
+        elif match[kind].endswith("\n"):
+            line, start = line + 1, position
+    if position < len(text):
+        rest = text[position:].lstrip(" \t\r")
+        raise ParseError(f"unexpected character {rest[0]!r}", line, len(text) - len(rest) - start + 1, source)
     tokens.append(Token("end", "end of text", line, position - start + 1))
     return tokens
 

@@ -25,7 +25,7 @@ from qir.arrays import Array
 from qir.errors import QirError, ResourceError
 from qir.ir import Graph
 from qir.parser import parse
-from qir.printer import print_graph, resources
+from qir.printer import DTYPE_WORDS, print_graph, resources
 
 #: Names are quoted without line breaks, so nothing else in a text can start a line like this.
 _SIDECAR: Final = re.compile(
@@ -142,9 +142,13 @@ def _read_sidecar(path: Path, name: str) -> dict[str, Array]:
     if not sidecar.is_file():
         raise ResourceError(f"{path}: its sidecar {sidecar} is missing; keep the two files together")
     try:
-        return {key: Array(_frozen(data), key) for key, data in load_file(sidecar).items()}
+        found = load_file(sidecar)
     except (SafetensorError, OSError, TypeError, AttributeError) as fault:  # the last two: a type that NumPy lacks
         raise ResourceError(f"{sidecar}: not a readable safetensors file: {fault}") from fault
+    for key, data in found.items():
+        if data.dtype.name not in DTYPE_WORDS:  # NumPy may know more types, where another package registers them
+            raise ResourceError(f"{sidecar}: not a readable safetensors file: array {key!r} is of {data.dtype}")
+    return {key: Array(_frozen(data), key) for key, data in found.items()}
 
 
 def _frozen(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
