@@ -196,7 +196,7 @@ def any_graphs(draw: st.DrawFn) -> Graph:
     )
 
 
-@settings(max_examples=400)
+@settings(max_examples=max(400, settings().max_examples))
 @given(graph=any_graphs(), sidecar=names)
 def test_text_gives_the_graph_back(graph: Graph, sidecar: str) -> None:
     text = print_graph(graph, sidecar)
@@ -216,7 +216,7 @@ def test_files_give_the_graph_back(graph: Graph, tmp_path_factory: Any) -> None:
     assert len(list(folder.iterdir())) == 1 + bool(resources(graph))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=max(1000, settings().max_examples))
 @given(number=st.floats(width=32, allow_nan=False))
 @example(number=7.038530691851209e-26)  # its shortest text, read by way of float64, is its neighbour
 @example(number=-0.0)
@@ -268,7 +268,7 @@ def _read(text: str) -> Graph | QirError:
         return fault
 
 
-@settings(max_examples=1500)
+@settings(max_examples=max(1500, settings().max_examples))
 @given(text=broken_texts())
 def test_a_broken_text_is_read_or_refused(text: str) -> None:
     """What is legal after all runs, alike on int64 and on unbounded integers, and stays within what is proved."""
