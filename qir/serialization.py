@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,10 +101,10 @@ def _replaceable(path: Path) -> bool:
     return all(p.is_dir() or p.suffix in (".qir", ".safetensors") for p in path.rglob("*"))
 
 
-def sidecar_name(graph: Graph) -> str:
+def sidecar_name(arrays: Mapping[str, Array]) -> str:
     """A file name that follows from the arrays, so that dumps with the same constants share one file."""
     digest = hashlib.sha256()
-    for name, array in sorted(resources(graph).items()):
+    for name, array in sorted(arrays.items()):
         digest.update(f"{name}\0{array.sha256}\0".encode())
     return f"constants-{digest.hexdigest()[:16]}.safetensors"
 
@@ -113,7 +113,7 @@ def write_graph(graph: Graph, path: str | Path, sidecar: str = "") -> None:
     """Write the text to `path` and its large arrays beside it, in `sidecar` or a file named by their hash."""
     path = Path(path)
     arrays = resources(graph)
-    sidecar = (sidecar or sidecar_name(graph)) if arrays else ""
+    sidecar = (sidecar or sidecar_name(arrays)) if arrays else ""
     text = print_graph(graph, sidecar).encode()  # before anything is written: a graph may have no text
     if arrays and not (sidecar.startswith("constants-") and (path.parent / sidecar).exists()):
         write_bytes(path.parent / sidecar, save({n: np.asarray(a.data) for n, a in arrays.items()}))

@@ -21,7 +21,7 @@ from qir.backends.kernels.kernel import (
     integers,
     zero_along_last,
 )
-from qir.fixed_point import RequantizeForm, Rounding, reduced_multiplier
+from qir.fixed_point import Overflow, RequantizeForm, Rounding, reduced_multiplier
 from qir.ir import Op
 from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.types import TensorType, scale_array
@@ -171,6 +171,8 @@ def _real(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:
         multiplier = parts.along(op.multiplier.data, np.float32 if single else np.float64)
     if reach >= WIDEST or not np.isfinite(multiplier).all():
         return None
+    if op.overflow is Overflow.WRAP and reach * float(multiplier.max(initial=0)) >= WIDEST // 2:
+        return None  # such reals are clipped before the zero point is added, and then wrap
     left = parts.along(op.input_shift, np.int64)
     arguments = (parts.x_zero, left, multiplier, parts.low, parts.high, parts.zero)
     return _rescale(op, loops.rescale_float if single else loops.rescale_double, arguments)

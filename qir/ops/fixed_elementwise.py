@@ -165,8 +165,7 @@ class FixedDiv(Elementwise):
         denominator = np.abs(b) * (1 << max(down, 0))
         safe = np.where(b == 0, 1, denominator)
         limit = 1 << (self.storage.bits + 2)
-        beyond = np.where(a > 0, limit, np.where(a < 0, -limit, 0))
-        quotient = np.where(b == 0, beyond, round_divide(numerator, safe, Rounding.HALF_AWAY))
+        quotient = np.where(b == 0, np.sign(a) * limit, round_divide(numerator, safe, Rounding.HALF_AWAY))
         return quotient + int(zero_array(self.result.type.element))
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:

@@ -239,7 +239,7 @@ def test_files(tmp_path: Path) -> None:
     graph = with_large_constant()
     write_graph(graph, tmp_path / "a.qir")
     write_graph(graph.with_changes(name="b"), tmp_path / "b.qir")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.qir", "b.qir", sidecar_name(graph)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.qir", "b.qir", sidecar_name(resources(graph))]
     assert read_graph(tmp_path / "a.qir") == graph
     assert (tmp_path / "a.qir").stat().st_mode & 0o777 == 0o666 & ~_umask()
     write_graph(with_large_constant(LARGE + 1), tmp_path / "c.qir", 'odd "name"')
