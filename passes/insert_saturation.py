@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from qir.fixed_point import Overflow
 from qir.ir import Graph, Op, Stage
 from qir.pass_manager import Pass, PassContext
-from qir.proof import is_idle, prove
+from qir.proof import is_idle, is_product_idle, prove
 from qir.rewrite import map_values
 
 
@@ -27,23 +27,22 @@ class InsertSaturation(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph with idle overflow handling turned off; the same object where none is."""
         proof = prove(graph)
-        idle: set[Op] = set()
+        idle: dict[Op, dict[str, Any]] = {}
         kept: Counter[str] = Counter()
+        proved: Counter[str] = Counter()
         for op in graph.ops:
-            overflow = getattr(op, "overflow", Overflow.NONE)
-            if overflow is Overflow.NONE:
-                continue
-            if is_idle(op, proof.steps.get(op)):
-                idle.add(op)
-            else:
-                kept[overflow] += 1
-        proved = Counter(str(getattr(op, "overflow")) for op in idle)  # noqa: B009
+            for name, is_proved in (("overflow", is_idle), ("product_overflow", is_product_idle)):
+                overflow = getattr(op, name, None)
+                if overflow in (None, Overflow.NONE):
+                    continue
+                mode = f"{'products ' if name == 'product_overflow' else ''}{overflow}"
+                if is_proved(op, proof.steps.get(op)):
+                    idle.setdefault(op, {})[name] = Overflow.NONE
+                    proved[mode] += 1
+                else:
+                    kept[mode] += 1
         for mode in sorted({Overflow.SATURATE, Overflow.WRAP} | kept.keys() | proved.keys()):
             context.note(f"{mode}: {kept[mode]} kept, {proved[mode]} proved idle")
         if not idle:
             return graph
-
-        def attributes(op: Op) -> dict[str, Any]:
-            return {"overflow": Overflow.NONE} if op in idle else {}
-
-        return map_values(graph, lambda value: {}, attributes=attributes)
+        return map_values(graph, lambda value: {}, attributes=lambda op: idle.get(op, {}))

@@ -159,12 +159,14 @@ class Op:
 class OpBounds:
     """What a transfer function proves: bounds per result and, for accumulating ops, of every partial sum.
 
-    `unsaturated` bounds a narrowing op's value before saturation, so that a proof can show it idle.
+    `unsaturated` bounds a narrowing op's value before saturation, so that a proof can show it idle; `product` does so
+    for the products that an accumulating op narrows one by one.
     """
 
     results: tuple[Bounds, ...]
     partial: Interval | None = None
     unsaturated: Interval | None = None
+    product: Interval | None = None
 
 
 _BASE_FIELDS = ("operands", "results", "location")

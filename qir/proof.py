@@ -94,6 +94,14 @@ def is_idle(op: Op, step: OpBounds | None) -> bool:
     return room is not None and step is not None and step.unsaturated is not None and room.contains(step.unsaturated)
 
 
+def is_product_idle(op: Op, step: OpBounds | None) -> bool:
+    """Whether the proof shows that no product of an accumulating op leaves the type that products are narrowed to."""
+    product, overflow = getattr(op, "product", None), getattr(op, "product_overflow", None)
+    if product is None or overflow is None or step is None or step.product is None:
+        return False
+    return Interval(*kept_bounds(product.lo, product.hi, overflow)).contains(step.product)
+
+
 def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
     """Every fact that the graph states and the proof does not support; the type of a value is such a fact."""
     for value in graph.values():
@@ -127,3 +135,5 @@ def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
             )
         if getattr(op, "overflow", None) is Overflow.NONE and not is_idle(op, step):
             yield Diagnostic(op.describe(), "claims overflow=none, which is not proved; use saturate or wrap")
+        if getattr(op, "product_overflow", None) is Overflow.NONE and not is_product_idle(op, step):
+            yield Diagnostic(op.describe(), "claims product_overflow=none, which is not proved; use saturate or wrap")

@@ -16,7 +16,7 @@ from qir.interpreter import evaluate_op
 from qir.interval import Interval
 from qir.ir import Op, Value
 from qir.ops.accumulate import centered
-from qir.proof import Proof, is_idle
+from qir.proof import Proof, is_idle, is_product_idle
 from qir.types import BATCH, IntegerType, Shape, TensorType, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
@@ -80,6 +80,10 @@ class Facts:
         """Whether the op's overflow mode is proved never to act."""
         return is_idle(op, self.proof.steps.get(op))
 
+    def is_product_idle(self, op: Op) -> bool:
+        """Whether it is proved that no product of an accumulating op leaves the type that products are narrowed to."""
+        return is_product_idle(op, self.proof.steps.get(op))
+
 
 def interpreted(op: Op) -> Kernel:
     """The interpreter's own function: for float islands, and for ops that no kernel takes."""
@@ -122,6 +126,13 @@ def fits(values: npt.ArrayLike, dtype: npt.DTypeLike) -> bool:
 def fills_container(storage: IntegerType) -> bool:
     """Whether storing the low bits in the dtype is what wrapping means."""
     return not storage.is_narrowed and storage.bits == 8 * storage.dtype.itemsize
+
+
+def wrapping(storage: IntegerType) -> tuple[int, int]:
+    """Mask and sign bit with which an int64 wraps: `((value & mask) ^ sign) - sign`."""
+    if storage.bits == 64:
+        return -1, 0
+    return (1 << storage.bits) - 1, (1 << (storage.bits - 1) if storage.signed else 0)
 
 
 def clamp_bounds(storage: IntegerType, overflow: Overflow, is_idle: bool) -> tuple[int, int] | None:

@@ -7,7 +7,9 @@ from typing import Final
 
 import numpy as np
 
-from qir.backends.kernels.kernel import Call, Facts, Kernel, Memory, Tensor
+from qir.backends.kernels import linear_loops as loops
+from qir.backends.kernels.kernel import Call, Facts, Kernel, Memory, Tensor, fills_container, wrapping
+from qir.backends.kernels.ordered import ordered_sums
 from qir.backends.kernels.rescale import rescale_of
 from qir.backends.kernels.sums import Sums, sums_of
 from qir.ir import Op
@@ -21,9 +23,13 @@ _BLOCK_BYTES: Final = 64 << 10
 def linear(op: Op, facts: Facts) -> Kernel | None:
     """The kernel of a sum whose accumulators are stored."""
     assert isinstance(op, Accumulating)
-    sums = sums_of(op, facts)
+    sums = _sums(op, facts)
     if sums is None:
         return None
+    if not (sums.is_narrowed or facts.is_idle(op) or fills_container(op.accumulator)):
+        mask, sign = wrapping(op.accumulator)
+        name = f"{sums.name}+wrap_{op.accumulator.base_name}"
+        return _through_block(sums, name, lambda block, out: loops.wrap_flat(block, mask, sign, out))
     if sums.dtype != op.accumulator.dtype:
         return _through_block(sums, f"{sums.name}+{op.accumulator.base_name}", _keep_low_bits)
 
@@ -45,12 +51,18 @@ def fused(op: Op, following: Requantize, facts: Facts) -> Kernel | None:
     """The kernel of a sum and the requantize that alone reads it: accumulators pass through a block in the cache."""
     if not isinstance(op, Accumulating):
         return None
-    sums, rescale = sums_of(op, facts), rescale_of(following, facts)
+    sums, rescale = _sums(op, facts), rescale_of(following, facts)
     if sums is None or rescale is None:
         return None
-    if sums.dtype != op.accumulator.dtype and not facts.is_idle(op):
+    is_whole = sums.dtype == op.accumulator.dtype and fills_container(op.accumulator)
+    if not (sums.is_narrowed or is_whole or facts.is_idle(op)):
         return None  # the requantize must read what the accumulator's own width keeps
     return _through_block(sums, f"{sums.name}+{rescale.name}", rescale.run)
+
+
+def _sums(op: Accumulating, facts: Facts) -> Sums | None:
+    """Sums in any order where they give the op's bits, else step by step."""
+    return sums_of(op, facts) or ordered_sums(op, facts)
 
 
 def _keep_low_bits(block: Tensor, out: Tensor) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
+
 from qir.backends.kernels.jit import kernel
 
 #: Neighbouring pixels of a row that are summed together: the innermost loop then starts without checks of its own, and
@@ -128,3 +130,10 @@ def sum_middle(x: Any, offset: int, out: Any) -> None:
             row = x[i, m]
             for j in range(x.shape[2]):
                 acc[j] = number(acc[j] + number(row[j]))
+
+
+@kernel
+def wrap_flat(x: Any, mask: int, sign: int, out: Any) -> None:
+    """The low bits of `mask`, read as two's complement with the sign bit `sign`, or as unsigned where that is 0."""
+    for i in range(x.shape[0]):
+        out[i] = ((np.int64(x[i]) & mask) ^ sign) - sign

@@ -19,6 +19,7 @@ from qir.backends.kernels.kernel import (
     clamp_bounds,
     fits,
     integers,
+    wrapping,
     zero_along_last,
 )
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, reduced_multiplier
@@ -68,6 +69,8 @@ def requantize(op: Op, facts: Facts) -> Kernel | None:
 def rescale_of(op: Requantize, facts: Facts) -> Rescale | None:
     """The loop that a requantize runs, or None where its numbers leave the loops' registers."""
     limits = clamp_bounds(op.storage, op.overflow, facts.is_idle(op))
+    if limits is None and op.form is RequantizeForm.SHIFT:
+        limits = -WIDEST, WIDEST  # the loop narrows in every mode
     x_zero = zero_along_last(op.operands[0].type)
     zero = zero_along_last(op.result.type)
     if limits is None or x_zero is None or zero is None or op.input_shift < 0 or op.storage.bits > 32:
@@ -161,8 +164,16 @@ def _shift(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:
         return None
     assert op.rounding is not None
     ties = np.array(TIES[op.rounding], np.int64)
-    arguments = (parts.x_zero, parts.along(left, np.int64), parts.along(right, np.int64), ties)
+    arguments = (parts.x_zero, parts.along(left, np.int64), parts.along(right, np.int64), ties, _narrowing(op))
     return _rescale(op, loops.rescale_shift, (*arguments, parts.low, parts.high, parts.zero))
+
+
+def _narrowing(op: Requantize) -> Tensor:
+    """What `rescale_shift` does to a result after it was clamped."""
+    mask, sign = wrapping(op.storage) if op.overflow is Overflow.WRAP else (-1, 0)
+    zeroes = op.overflow is Overflow.SATURATE_ZERO
+    bounds = (op.storage.lo, op.storage.hi) if zeroes else (-2 * WIDEST, 2 * WIDEST - 1)
+    return np.array([mask, sign, *bounds], np.int64)
 
 
 def _real(op: Requantize, parts: _Parts, reach: int) -> Rescale | None:

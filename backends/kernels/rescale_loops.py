@@ -61,9 +61,13 @@ def rescale_once(
 
 @kernel
 def rescale_shift(
-    x: Any, x_zero: Any, left: Any, right: Any, ties: Any, low: Any, high: Any, zero: Any, out: Any
+    x: Any, x_zero: Any, left: Any, right: Any, ties: Any, narrowing: Any, low: Any, high: Any, zero: Any, out: Any
 ) -> None:
-    """`(x << left) / 2^right` in the rounding that `ties` describes (see `rescale.TIES`). int64 inside."""
+    """`(x << left) / 2^right` in the rounding that `ties` describes (see `rescale.TIES`). int64 inside.
+
+    `narrowing` holds the mask and the sign bit with which the result wraps, and the bounds beyond which it becomes 0.
+    """
+    mask, sign, least, greatest = narrowing[0], narrowing[1], narrowing[2], narrowing[3]
     period = right.shape[0]
     above, tie, tie_positive, tie_negative, tie_odd, negative = ties[0], ties[1], ties[2], ties[3], ties[4], ties[5]
     for start in range(0, x.shape[0], period):
@@ -78,7 +82,9 @@ def rescale_shift(
             at_tie = tie | (tie_positive & (1 - is_negative)) | (tie_negative & is_negative) | (tie_odd & (floor & 1))
             up = above if rest > missing else (at_tie if rest == missing else np.int64(0))
             up |= negative & is_negative & np.int64(1 if rest != 0 else 0)
-            target[j] = min(max(floor + up, low[j]), high[j]) + zero[j]
+            result = min(max(floor + up, low[j]), high[j]) + zero[j]
+            result = ((result & mask) ^ sign) - sign
+            target[j] = result if least <= result <= greatest else np.int64(0)
 
 
 @kernel

@@ -45,7 +45,10 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Sums:
-    """Accumulators, `width` a pixel, as integers of `dtype` modulo its width; `bind(inputs, scratch)` ties them."""
+    """Accumulators, `width` a pixel, as integers of `dtype`; `bind(inputs, scratch)` ties them.
+
+    They are those of the op where `is_narrowed`, else sums modulo the width of `dtype`.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -53,6 +56,7 @@ class Sums:
     bind: Callable[[Sequence[Tensor], Sequence[Tensor]], Bound]
     scratch: tuple[Memory, ...] = ()
     packed_bytes: int = 0
+    is_narrowed: bool = False
 
 
 def sums_of(op: Accumulating, facts: Facts) -> Sums | None:
@@ -76,9 +80,9 @@ def _sum_dtype(op: Accumulating, facts: Facts) -> np.dtype[Any] | None:
     partial, accumulator = facts.partial(op), op.accumulator
     if partial is None or any(integers(v.type).bits > 32 or not v.type.sample_size for v in op.operands[:2]):
         return None
+    if op.shift < 0 or (op.product is not None and not facts.is_product_idle(op)):
+        return None
     if op.overflow is Overflow.WRAP:
-        if not fills_container(accumulator):
-            return None
         return _INT32 if accumulator.bits <= 32 else _INT64
     if not facts.is_idle(op):
         return None
@@ -111,9 +115,11 @@ def _folded_bias(op: Accumulating, facts: Facts, zero_sums: npt.ArrayLike, dtype
     return np.asarray(given - np.asarray(zero_sums, np.int64)).astype(dtype)
 
 
-def _types(x: npt.DTypeLike, weights: npt.DTypeLike, dtype: np.dtype[Any]) -> str:
-    """`s8s8s32`: activations, weights, sums."""
-    kinds = (np.dtype(x), np.dtype(weights), dtype)
+def type_names(op: Accumulating, dtype: np.dtype[Any], weights: npt.DTypeLike | None = None) -> str:
+    """`s8s8s32`: activations, weights, where there are any, and sums."""
+    kinds = [*(integers(v.type).dtype for v in op.operands[:2]), dtype]
+    if weights is not None:
+        kinds[1] = np.dtype(weights)
     return "".join(f"{'s' if k.kind == 'i' else 'u'}{8 * k.itemsize}" for k in kinds)
 
 
@@ -123,14 +129,14 @@ def _convolution(op: Conv2d, facts: Facts, dtype: np.dtype[Any]) -> Sums | None:
     zero, x_dtype = zero_along_last(x), integers(x).dtype
     if weight not in facts.constants or zero is None or (any(op.pads) and not fits(zero, x_dtype)):
         return None
-    weights = centre(facts.constants[weight].data.astype(np.int64), weight.type)
+    weights = centre(facts.constants[weight].data.astype(np.int64), weight.type) << op.shift
     outputs, _, _, per_group = weights.shape
     grouped = weights.reshape(op.groups, outputs // op.groups, -1, per_group)
     zeros = np.broadcast_to(zero, (op.groups * per_group,)).reshape(op.groups, 1, 1, per_group)
     bias = _folded_bias(op, facts, (grouped * zeros).sum(axis=(2, 3)).reshape(-1), dtype)
     if bias is None:
         return None
-    frame = _Frame(op)
+    frame = Frame(op)
     _, height, width, _ = op.result.type.concrete(0)
     geometry = (height, width, *frame.steps)
     if op.groups > 1 and per_group == 1 and outputs == op.groups:
@@ -155,11 +161,11 @@ def _convolution(op: Conv2d, facts: Facts, dtype: np.dtype[Any]) -> Sums | None:
         fixed = (data.reshape(-1), np.arange(images, dtype=np.int64) * frame.image, np.zeros(images, np.int64))
         return Bound(images * height * width, lambda out, first, last: fill(*fixed, out, first, last), prepare)
 
-    name = f"{name}_{_types(x_dtype, packed.dtype, dtype)}"
+    name = f"{name}_{type_names(op, dtype, packed.dtype)}"
     return Sums(name, dtype, outputs, bind, frame.scratch, packed.nbytes + bias.nbytes)
 
 
-class _Frame:
+class Frame:
     """The input of a convolution with its padding: steps in elements, and where the taps lie from a window's start."""
 
     def __init__(self, op: Conv2d) -> None:
@@ -196,7 +202,7 @@ def _product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sums | None
     zero = zero_along_last(a)
     if op.operands[1] not in facts.constants or b.rank != 2 or zero is None:
         return None
-    weights = centre(facts.constants[op.operands[1]].data.astype(np.int64), b)
+    weights = centre(facts.constants[op.operands[1]].data.astype(np.int64), b) << op.shift
     length, outputs = weights.shape
     bias = _folded_bias(op, facts, np.broadcast_to(zero, (length,)) @ weights, dtype)
     if bias is None:
@@ -209,7 +215,7 @@ def _product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sums | None
         fixed = (flat, origin, origin, 1, max(rows, 1), 0, length, 0, places, packed, bias, 1)
         return Bound(rows, lambda out, first, last: loops.contract(*fixed, out, first, last))
 
-    name = f"matmul_{_types(integers(a).dtype, packed.dtype, dtype)}"
+    name = f"matmul_{type_names(op, dtype, packed.dtype)}"
     return Sums(name, dtype, outputs, bind, (), packed.nbytes + bias.nbytes)
 
 
@@ -219,7 +225,7 @@ def _batched_product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sum
     zeros = [zero_along_last(k) for k in kinds]
     inner, outputs = (int(d) for d in kinds[1].shape[-2:])
     bias = _folded_bias(op, facts, np.zeros(outputs, np.int64), dtype)
-    if bias is None or zeros[0] is None or zeros[1] is None:
+    if bias is None or zeros[0] is None or zeros[1] is None or op.shift:
         return None
     spans = [facts.span(v) for v in op.operands[:2]]
     fits_int16 = dtype == _INT32 and all(fits([s.lo, s.hi], np.int16) for s in spans)
@@ -232,7 +238,7 @@ def _batched_product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sum
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor]) -> Bound:
         left, right = scratch[:2]
         rows = left.shape[-2]
-        starts, which = _broadcast_places(left.shape[:-2], right.shape[:-2])
+        starts, which = broadcast_places(left.shape[:-2], right.shape[:-2])
         weights, used = right.reshape(-1, terms, outputs), right[..., :inner, :]
         fixed = (left.reshape(-1), starts * (rows * inner), which, 1, rows, 0, inner, 0, places, weights, bias, 1)
 
@@ -243,10 +249,11 @@ def _batched_product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sum
 
         return Bound(len(starts) * rows, lambda out, first, last: loops.contract(*fixed, out, first, last), centre_both)
 
-    return Sums(f"matmul_batched_{_types(held, held, dtype)}", dtype, outputs, bind, scratch, bias.nbytes)
+    names = "".join(f"s{8 * k.itemsize}" for k in (held, held, dtype))
+    return Sums(f"matmul_batched_{names}", dtype, outputs, bind, scratch, bias.nbytes)
 
 
-def _broadcast_places(*leads: tuple[int, ...]) -> list[Tensor]:
+def broadcast_places(*leads: tuple[int, ...]) -> list[Tensor]:
     """For each operand, which of its matrices each matrix of the result takes; `leads` are the leading dimensions."""
     shape = np.broadcast_shapes(*leads)
     counts = [np.arange(int(np.prod(lead, dtype=np.int64)), dtype=np.int64).reshape(lead) for lead in leads]
@@ -257,7 +264,7 @@ def _sum(op: ReduceSum, dtype: np.dtype[Any]) -> Sums | None:
     """A sum over neighbouring axes, seen as [outer, reduced, inner]."""
     kind = op.operands[0].type
     zero, axes = zero_along_last(kind), sorted(a % kind.rank for a in op.axes)
-    if zero is None or zero.ndim or not axes or axes != list(range(axes[0], axes[-1] + 1)):
+    if zero is None or zero.ndim or op.shift or not axes or axes != list(range(axes[0], axes[-1] + 1)):
         return None
     offset = -int(zero) * op.count
     inner = int(np.prod([int(d) for d in kind.shape[axes[-1] + 1 :]], dtype=np.int64))
@@ -273,4 +280,4 @@ def _sum(op: ReduceSum, dtype: np.dtype[Any]) -> Sums | None:
 
         return Bound(outer, fill)
 
-    return Sums(f"reduce_sum_{_types(integers(kind).dtype, dtype, dtype)[:-3]}", dtype, inner, bind)
+    return Sums(f"reduce_sum_{type_names(op, dtype)}", dtype, inner, bind)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from qir.fixed_point import Overflow, narrow
+from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_shift
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.types import ElementType, IntegerType, TensorType, storage_of, zero_array
@@ -18,25 +18,50 @@ from qir.types import ElementType, IntegerType, TensorType, storage_of, zero_arr
 Tensor = npt.NDArray[Any]
 
 
+#: Overflow modes of which each step of a sum counts: the sum in another order, or narrowed once, may differ.
+STEPWISE: Final = frozenset({Overflow.SATURATE, Overflow.SATURATE_ZERO, Overflow.SATURATE_SYMMETRIC})
+_WIDEST_SHIFT: Final = 31
+
+
 class Order(enum.StrEnum):
-    """The order in which an accumulator takes its products: spatial taps outside, input channels inside."""
+    """The order in which an accumulator takes its products, outermost loop first, and where the bias comes in."""
 
     KHWC = "khwc"  # kernel row, kernel column, input channel; then the bias
     BIAS_KHWC = "bias_khwc"  # the bias is the initial value
+    CKHW = "ckhw"  # input channel, kernel row, kernel column; then the bias
+    BIAS_CKHW = "bias_ckhw"
+
+    @property
+    def bias_first(self) -> bool:
+        """Whether the bias is the initial value."""
+        return self in (Order.BIAS_KHWC, Order.BIAS_CKHW)
+
+    @property
+    def channels_outside(self) -> bool:
+        """Whether all taps of one input channel come before those of the next."""
+        return self in (Order.CKHW, Order.BIAS_CKHW)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Accumulating(Op):
-    """Base of ops that sum into an accumulator.
+    """Base of ops that sum into an accumulator, step by step: `acc = narrow(acc + p * 2**product_shift)`.
 
     `overflow` says what each step does when the sum leaves `accumulator`; `none` claims a proof that it never does.
-    `partial` is that proof: an interval that holds every partial sum in `order`, the initial 0 and the result included.
+    A negative `product_shift` drops fraction bits: the sum is rounded by `rounding` at each step, as an assignment to an
+    ap_fixed accumulator does. Where there is a type `product`, the shifted product is rounded and narrowed to it by
+    `product_overflow` before it is added, as L_mult of ITU-T G.191 does (`product_shift=1, product=s32`), and the sum
+    then needs no rounding.
+    `partial` is a proof: an interval that holds every partial sum in `order`, the initial 0 and the result included.
     """
 
     stages = FIXED_ONLY
     accumulator: IntegerType
     overflow: Overflow
     order: Order
+    product_shift: int | None = None
+    product: IntegerType | None = None
+    product_overflow: Overflow | None = None
+    rounding: Rounding | None = None
     partial: Interval | None = None
 
     def infer_elements(self) -> tuple[ElementType, ...]:
@@ -44,32 +69,73 @@ class Accumulating(Op):
         return (self.accumulator,)
 
     def check(self) -> Iterator[str]:
-        """The accumulator is the result, and a claimed proof is there and holds."""
+        """The accumulator is the result, and each step is one that has a meaning."""
         if self.result.type.element != self.accumulator:
             yield f"the result must be the accumulator, {self.accumulator}"
-        if self.overflow not in (Overflow.WRAP, Overflow.SATURATE, Overflow.NONE):
-            yield f"an accumulator wraps, saturates or is proved, it does not {self.overflow}"
         yield from integer_operands(self)
-        if self.overflow is Overflow.WRAP and self.accumulator.is_narrowed:
-            yield f"sums cannot wrap to the bounds of {self.accumulator}, which are not those of its container"
+        yield from narrowing_faults(self.accumulator, self.overflow, "sums")
+        if not -_WIDEST_SHIFT <= self.shift <= _WIDEST_SHIFT:
+            yield f"products are shifted by at most {_WIDEST_SHIFT} bits either way"
+        if (self.rounding is not None) != (self.shift < 0):
+            yield "a rounding belongs to a negative product_shift, and only to it"
+        if (self.product is None) != (self.product_overflow is None):
+            yield "product and product_overflow belong together"
+        if self.product is not None and self.product_overflow is not None:
+            yield from narrowing_faults(self.product, self.product_overflow, "products")
+
+    @property
+    def shift(self) -> int:
+        """The power of two that products are multiplied by."""
+        return self.product_shift or 0
+
+    @property
+    def dropped_bits(self) -> int:
+        """Fraction bits that each step rounds away."""
+        return max(-self.shift, 0) if self.product is None else 0
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether every step of the sum counts, so that it must be taken in order."""
+        return self.overflow in STEPWISE or self.dropped_bits > 0
+
+    @property
+    def is_productwise(self) -> bool:
+        """Whether every product counts for itself, so that they must not be summed before they are narrowed."""
+        narrows = self.product_overflow not in (None, Overflow.NONE)
+        return self.is_stepwise or narrows or self.shift < 0
 
     def sum_bits(self, term_bits: int, count: int) -> int:
         """Bits that hold `count` exact sums of a term of `term_bits`, the accumulator and the bias."""
         bias = self.optional_operand(2)
         widest = max(term_bits, self.accumulator.bits + 1, bits_of(bias.type) if bias is not None else 0)
-        return widest + (count + 1).bit_length()
+        return widest + abs(self.shift) + (count + 1).bit_length()
+
+    def entering(self, product: Tensor) -> Tensor:
+        """What a product adds to the sum; where steps drop bits, with the bits that they drop."""
+        if self.shift > 0:
+            product = product << self.shift
+        if self.product is None or self.product_overflow is None:
+            return product
+        if self.shift < 0:
+            assert self.rounding is not None
+            product = round_shift(product, -self.shift, self.rounding)
+        return np.asarray(narrow(product, self.product.lo, self.product.hi, self.product_overflow))
 
     def accumulate(self, chain: Iterator[Tensor], start: Tensor, bias: Tensor | None) -> Tensor:
-        """Sum `chain`, whose items are products in order, step by step where the steps matter."""
+        """Sum `chain`, whose items are what products add in order, step by step where the steps matter."""
         total = start
-        if bias is not None and self.order is Order.BIAS_KHWC:
+        if bias is not None and self.order.bias_first:
             total = total + bias
-        stepwise = self.overflow is Overflow.SATURATE
+        dropped = self.dropped_bits
         for product in chain:
-            total = total + product
-            if stepwise:
-                total = narrow(total, self.accumulator.lo, self.accumulator.hi, self.overflow)
-        if bias is not None and self.order is Order.KHWC:
+            if dropped:
+                assert self.rounding is not None
+                total = round_shift((total << dropped) + product, dropped, self.rounding)
+            else:
+                total = total + product
+            if self.is_stepwise:
+                total = self.close(total)
+        if bias is not None and not self.order.bias_first:
             total = total + bias
         return self.close(total)
 
@@ -78,30 +144,34 @@ class Accumulating(Op):
         return np.asarray(narrow(total, self.accumulator.lo, self.accumulator.hi, self.overflow))
 
     def contract(self, tap: Tensor, kernel: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """Products of one tap [..., groups, 1, C] with its weights [groups, O, C], as sums of `shape`.
+        """What the products of one tap [..., groups, 1, C] with its weights [groups, O, C] add, as arrays of `shape`.
 
-        One item an input channel where every step counts, else their sum at once.
+        One item an input channel where every product counts, else their sum at once.
         """
         channels = kernel.shape[-1]
-        if self.overflow is Overflow.SATURATE or channels == 1:
+        if self.is_productwise or channels == 1:
             for c in range(channels):
-                yield (tap[..., c] * kernel[..., c]).reshape(shape)
+                yield self.entering((tap[..., c] * kernel[..., c]).reshape(shape))
         else:
-            yield (tap @ kernel.transpose(0, 2, 1)).reshape(shape)
+            yield self.entering((tap @ kernel.transpose(0, 2, 1)).reshape(shape))
 
     def chain_bounds(self, lo: Tensor, hi: Tensor, valid: Tensor, bias: Bounds | None) -> OpBounds:
         """Bounds of a chain of terms.
 
-        `lo` and `hi` [outputs, taps, inputs] bound each term; `valid` [patterns, taps] says which taps are on real
+        `lo` and `hi` [outputs, taps, inputs] bound each product; `valid` [patterns, taps] says which taps are on real
         elements for each kind of position (the others add 0); `bias` [outputs] is exact.
         """
         if not lo.size:  # nothing is summed but the bias
             lo = hi = np.zeros((lo.shape[0], 1, 1), np.int64)
             valid = np.ones((1, 1), bool)
+        lo, hi, product = self.term_images(lo, hi)
+        if self.order.channels_outside:  # each term is a tap of its own
+            lo, hi = (e.transpose(0, 2, 1).reshape(len(e), -1, 1) for e in (lo, hi))
+            valid = np.tile(valid, (1, lo.shape[1] // valid.shape[1]))
         ends, extremes = [], []
         for terms, least, low in ((lo, np.minimum, True), (hi, np.maximum, False)):
             base = np.broadcast_to((bias.lo if low else bias.hi) if bias else np.zeros((), terms.dtype), lo.shape[:1])
-            first = base if self.order is Order.BIAS_KHWC else np.zeros_like(base)
+            first = base if self.order.bias_first else np.zeros_like(base)
             sums = np.cumsum(terms, axis=2)  # within a tap
             inside, whole = least.reduce(sums, axis=2), sums[:, :, -1]
             finals, reached = [], [first * 0, first]
@@ -110,17 +180,52 @@ class Accumulating(Op):
                 after = np.cumsum(steps, axis=1) + first[:, None]
                 before = after - steps
                 reached.append(least.reduce(np.where(pattern, before + inside, before), axis=1))
-                finals.append(after[:, -1] + base if self.order is Order.KHWC else after[:, -1])
+                finals.append(after[:, -1] if self.order.bias_first else after[:, -1] + base)
             ends.append(least.reduce(finals))
             extremes.append(least.reduce([*reached, *finals]))
         partial = Interval(int(extremes[0].min()), int(extremes[1].max()))
-        return self.overflowed(Bounds.of(*ends), partial)
+        return self.overflowed(Bounds.of(*ends), partial, product)
 
-    def overflowed(self, result: Bounds, partial: Interval) -> OpBounds:
+    def term_images(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Interval | None]:
+        """Bounds of what each product adds to the sum, and of the products before they are narrowed to `product`.
+
+        A step that rounds adds the term's floor or its ceiling, whatever the rounding and the sum so far.
+        """
+        if not self.shift and self.product is None:
+            return lo, hi, None
+        if self.shift > 0:
+            reach = max(abs(int(lo.min())), abs(int(hi.max()))).bit_length() + self.shift + lo.size.bit_length()
+            lo, hi = (exact(e) if reach > 60 else e for e in (lo, hi))
+            lo, hi = lo * (1 << self.shift), hi * (1 << self.shift)
+        elif self.shift < 0 and self.product is None:
+            return round_shift(lo, -self.shift, Rounding.FLOOR), -round_shift(-hi, -self.shift, Rounding.FLOOR), None
+        elif self.shift < 0:
+            assert self.rounding is not None
+            lo, hi = (round_shift(e, -self.shift, self.rounding) for e in (lo, hi))  # monotonic
+        free = Interval(int(lo.min()), int(hi.max()))
+        if self.product is not None and self.product_overflow is not None:
+            kept = kept_bounds(self.product.lo, self.product.hi, self.product_overflow)
+            if self.product_overflow in (Overflow.WRAP, Overflow.SATURATE_ZERO):
+                leaves = (lo < kept[0]) | (hi > kept[1])
+                lo, hi = np.where(leaves, self.product.lo, lo), np.where(leaves, self.product.hi, hi)
+            else:
+                lo, hi = np.clip(lo, *kept), np.clip(hi, *kept)
+        return lo, hi, free
+
+    def overflowed(self, result: Bounds, partial: Interval, product: Interval | None = None) -> OpBounds:
         """The bounds of the accumulator, given those of the exact sums: its whole range where a step may overflow."""
-        if not self.accumulator.lo <= partial.lo <= partial.hi <= self.accumulator.hi:
+        kept = Interval(*kept_bounds(self.accumulator.lo, self.accumulator.hi, self.overflow))
+        if not kept.contains(partial):
             result = Bounds.of(self.accumulator.lo, self.accumulator.hi)
-        return OpBounds((result,), partial, partial)
+        return OpBounds((result,), partial, partial, product)
+
+
+def narrowing_faults(storage: IntegerType, overflow: Overflow, what: str = "values") -> Iterator[str]:
+    """What keeps values from being narrowed to these storage bounds, one sentence each."""
+    if overflow is Overflow.WRAP and storage.is_narrowed:
+        yield f"{what} cannot wrap to the bounds of {storage}, which are not those of its container"
+    elif overflow is Overflow.SATURATE_ZERO and not storage.lo <= 0 <= storage.hi:
+        yield f"{what} cannot become 0 within the bounds of {storage}"
 
 
 def centre(data: Tensor, kind: TensorType) -> Tensor:

@@ -14,7 +14,7 @@ from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divid
 from qir.interval import Bounds, Interval
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import broadcast_shapes, known_dim, normalize_axis
-from qir.ops.accumulate import bits_of, centered, centre, integer_operands
+from qir.ops.accumulate import bits_of, centered, centre, integer_operands, narrowing_faults
 from qir.types import ElementType, IntegerType, Shape, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
@@ -35,7 +35,7 @@ class Elementwise(Op):
     def check(self) -> Iterator[str]:
         """All are of integers, and values can be narrowed to those of the result."""
         yield from integer_operands(self)
-        yield from narrowing_faults(self.result.type.element, self.overflow)
+        yield from result_faults(self.result.type.element, self.overflow)
 
     @property
     def storage(self) -> IntegerType:
@@ -79,15 +79,13 @@ def narrowed(free: Bounds, storage: IntegerType, overflow: Overflow) -> OpBounds
     return OpBounds((free if kept.contains(hull) else Bounds.of(storage.lo, storage.hi),), None, hull)
 
 
-def narrowing_faults(element: ElementType, overflow: Overflow) -> Iterator[str]:
-    """What keeps values from being narrowed to the storage bounds of `element`, one sentence each."""
+def result_faults(element: ElementType, overflow: Overflow) -> Iterator[str]:
+    """What keeps values from being narrowed to the storage bounds of a result, one sentence each."""
     storage = storage_of(element)
     if storage is None:
         yield "the result must be integers"
-    elif overflow is Overflow.WRAP and storage.is_narrowed:
-        yield f"values cannot wrap to the bounds of {storage}, which are not those of its container"
-    elif overflow is Overflow.SATURATE_ZERO and not storage.lo <= 0 <= storage.hi:
-        yield f"values cannot become 0 within the bounds of {storage}"
+    else:
+        yield from narrowing_faults(storage, overflow)
 
 
 class FixedAdd(Elementwise):

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.errors import QirError
-from qir.fixed_point import Overflow
 from qir.interval import Bounds, Interval
 from qir.ir import OpBounds
 from qir.opdef import Window, broadcast_shapes, known_dim, normalize_axis, pad_spatial, window_view
@@ -74,9 +73,11 @@ class Conv2d(Accumulating):
         pixels = view.shape[:3]
 
         def products() -> Iterator[Tensor]:
-            for i, j in np.ndindex(*window.kernel):
-                tap = view[..., i, j].reshape(*pixels, groups, 1, w.shape[3])
-                yield from self.contract(tap, weights[:, :, i, j, :], (*pixels, w.shape[0]))
+            split = w.shape[3] if self.order.channels_outside and self.is_productwise else 1
+            for part in np.array_split(np.arange(w.shape[3]), split) if split else ():
+                for i, j in np.ndindex(*window.kernel):
+                    tap = view[..., i, j].reshape(*pixels, groups, 1, w.shape[3])[..., part]
+                    yield from self.contract(tap, weights[:, :, i, j, part], (*pixels, w.shape[0]))
 
         return (self.accumulate(products(), np.zeros((*pixels, w.shape[0]), x.dtype), bias),)
 
@@ -141,11 +142,11 @@ class FixedMatMul(Accumulating):
         shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
 
         def products() -> Iterator[Tensor]:
-            if self.overflow is not Overflow.SATURATE:
-                yield left @ right
+            if not self.is_productwise:
+                yield self.entering(left @ right)
             else:
                 for k in range(a.shape[-1]):
-                    yield left[..., :, k : k + 1] * right[..., k : k + 1, :]
+                    yield self.entering(left[..., :, k : k + 1] * right[..., k : k + 1, :])
 
         return (self.accumulate(products(), np.zeros(shape, a.dtype), bias),)
 
@@ -200,7 +201,8 @@ class ReduceSum(Accumulating):
         """The definition of the op."""
         values = np.moveaxis(centre(x, self.operands[0].type), self.axes, range(len(self.axes)))
         chain = values.reshape(self.count, *values.shape[len(self.axes) :])
-        summed = self.accumulate(iter(chain), np.zeros(chain.shape[1:], x.dtype), None)
+        terms = (self.entering(term) for term in chain)
+        summed = self.accumulate(terms, np.zeros(chain.shape[1:], x.dtype), None)
         shape = self.infer()[0]
         return (summed.reshape(tuple(len(x) if d == BATCH else int(d) for d in shape)),)
 
@@ -209,6 +211,11 @@ class ReduceSum(Accumulating):
         x = centered(self.operands[0].type, operands[0])
         if self.operands[0].type.rank - 1 in self.axes:
             x = x.flat()
-        result = Bounds.of(x.lo * self.count, x.hi * self.count)
+        low, high, product = self.term_images(np.atleast_1d(x.lo), np.atleast_1d(x.hi))
+        if not low.size:
+            return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
+        if x.channels is None:
+            low, high = low[0], high[0]
+        result = Bounds.of(low * self.count, high * self.count)
         whole = result.hull
-        return self.overflowed(result, Interval(min(whole.lo, 0), max(whole.hi, 0)))
+        return self.overflowed(result, Interval(min(whole.lo, 0), max(whole.hi, 0)), product)

@@ -16,7 +16,7 @@ from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requanti
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre, integer_operands
-from qir.ops.fixed_elementwise import narrowed, narrowing_faults
+from qir.ops.fixed_elementwise import narrowed, result_faults
 from qir.types import (
     F32,
     AffineType,
@@ -94,7 +94,7 @@ class Requantize(Op):
             yield "zero points of the result run along its last axis"
         if is_float and self.intermediate_bits() > 64:
             yield f"the form {self.form} takes operands that fit 64 bits, zero point and input shift included"
-        yield from narrowing_faults(self.result.type.element, self.overflow)
+        yield from result_faults(self.result.type.element, self.overflow)
 
     def intermediate_bits(self) -> int:
         """The shifted operand, and its product with a 31-bit multiplier where the form does not wrap it to 32 bits."""

@@ -58,7 +58,7 @@ STORAGES = (
     integer(5).narrowed(-9, 11),
 )
 WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8)
-ACCUMULATORS = (S32, S32, S32, S16, integer(24), integer(40), S64)
+ACCUMULATORS = (S32, S32, S32, S16, integer(13), integer(24), integer(40), S64)
 BATCHES = (0, 1, 3)
 _POWERS = tuple(1 << p for p in range(31))
 
@@ -132,11 +132,24 @@ class FixedMaker:
         return [self.constant(self.numbers(self.pick([kind, small]), (outputs,)), kind)]
 
     def accumulator(self) -> dict[str, Any]:
-        return {
-            "accumulator": self.pick(ACCUMULATORS),
-            "overflow": self.pick([Overflow.WRAP, Overflow.WRAP, Overflow.SATURATE]),
+        """An accumulator; at times one that takes products one by one, shifted, narrowed or rounded at each step."""
+        accumulator = self.pick(ACCUMULATORS)
+        modes = [Overflow.WRAP, Overflow.WRAP, Overflow.SATURATE, Overflow.SATURATE]
+        attributes: dict[str, Any] = {
+            "accumulator": accumulator,
+            "overflow": self.pick([*modes, Overflow.SATURATE_SYMMETRIC, Overflow.SATURATE_ZERO]),
             "order": self.pick(list(Order)),
         }
+        if self.flag():
+            return attributes
+        shift = self.pick([None, 1, 1, 3, -1, -4, -9])
+        if shift is not None:
+            attributes["product_shift"] = shift
+            attributes["rounding"] = self.pick(list(Rounding)) if shift < 0 else None
+        if self.flag():
+            attributes["product"] = self.pick([S16, integer(12), integer(18), S32, accumulator])
+            attributes["product_overflow"] = self.overflow(attributes["product"])
+        return attributes
 
     def overflow(self, kept: IntegerType) -> Overflow:
         """How values are narrowed to this storage: mostly by saturation, else by any mode that it allows."""

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from property.fixed_graphs import MAKERS, cases, proved
 
 from qir.arrays import Array
-from qir.fixed_point import INT32_MAX, INT32_MIN, Overflow, RequantizeForm, Rounding
+from qir.fixed_point import INT32_MAX, INT32_MIN, Overflow, RequantizeForm, Rounding, round_shift
 from qir.interpreter import interpret, trace
 from qir.interval import Interval
 from qir.ir import Graph, Stage
 from qir.ops import FIXED_OPS
-from qir.ops.accumulate import Order, centre
+from qir.ops.accumulate import STEPWISE, centre
 from qir.ops.fixed_linear import Conv2d
 from qir.ops.fixed_rescale import Requantize
 from qir.parser import parse
@@ -142,10 +142,6 @@ def test_a_sum_and_the_only_requantize_that_reads_it_run_as_one() -> None:
 @pytest.mark.parametrize(
     ("op", "reason"),
     [
-        (
-            "matmul %x, %w {accumulator=s16, overflow=saturate, order=khwc} : Nx2 x s16",
-            "saturates at every step, in order",
-        ),
         ("add %x, %x {overflow=saturate_zero} : Nx4 x s8", "an overflow mode that is no clamp"),
     ],
 )
@@ -162,6 +158,30 @@ def test_what_no_kernel_computes_is_interpreted_and_says_so(op: str, reason: str
     assert [s.kernel for s in plan.steps] == ["interpreter"], reason
     assert "interpreter" in str(plan)
     assert_equal(graph, {"x": np.array([[-128] * 4, [127] * 4, [127, 127, -128, 127]], np.int8)})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kernel"),
+    [
+        ("overflow=saturate", "matmul_ordered_s8s8s32+s16"),
+        ("overflow=saturate, product_shift=1, product=s16, product_overflow=saturate", "matmul_ordered_s8s8s32+s16"),
+        ("overflow=saturate_zero", "matmul_stepwise_s8s8s32+s16"),
+        ("overflow=wrap, product_shift=-3, rounding=half_even", "matmul_stepwise_s8s8s32+s16"),
+        ("overflow=saturate, product=s15, product_overflow=wrap", "matmul_stepwise_s8s8s32+s16"),
+        ("overflow=wrap, product_shift=1, product=s32, product_overflow=saturate", "matmul_s8s16s32+s16"),
+    ],
+)
+def test_what_order_a_sum_needs_is_read_from_its_steps(attributes: str, kernel: str) -> None:
+    graph = proved(
+        parse(f"""
+        graph @sums stage=fixed (%x: Nx4 x s8) {{
+          %w = const {{value=s8 4x2 [127, 127, 127, 127, -127, -127, -128, 127]}} : 4x2 x s8
+          %y = matmul %x, %w {{accumulator=s16, order=khwc, {attributes}}} : Nx2 x s16
+          return %y
+        }}""")
+    )
+    assert [s.kernel for s in Program(graph).plan().steps] == [kernel]
+    assert_equal(graph, {"x": np.array([[-128] * 4, [127] * 4, [127, 127, -128, 127], [0, 1, -1, 3]], np.int8)})
 
 
 # Where rounding and overflow bite
@@ -213,16 +233,17 @@ def _by_hand(op: Conv2d, x: Tensor, weights: Tensor, bias: Tensor | None) -> tup
     outputs = window.output(x.shape[1:3])
     per_group, group_outputs = weights.shape[3], weights.shape[0] // op.groups
     for n, i, j, o in np.ndindex(len(x), *outputs, weights.shape[0]):
-        total = int(bias[o]) if bias is not None and op.order is Order.BIAS_KHWC else 0
+        total = int(bias[o]) if bias is not None and op.order.bias_first else 0
         reached.append(total)
-        for r, s, c in np.ndindex(*window.kernel, per_group):
+        for r, s, c in sorted(np.ndindex(*window.kernel, per_group), key=lambda at: at[2] * op.order.channels_outside):
             y = i * op.strides[0] + r * op.dilations[0] - op.pads[0]
             z = j * op.strides[1] + s * op.dilations[1] - op.pads[1]
             if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
                 pixel = int(x[n, y, z, o // group_outputs * per_group + c]) - zero
-                total += pixel * int(zeros[o, r, s, c])
+                term, dropped = int(op.entering(np.array(pixel * int(zeros[o, r, s, c]), object))), op.dropped_bits
+                total = round_shift((total << dropped) + term, dropped, op.rounding or Rounding.FLOOR)
                 reached.append(total)
-        reached.append(total + (int(bias[o]) if bias is not None and op.order is Order.KHWC else 0))
+        reached.append(total + (int(bias[o]) if bias is not None and not op.order.bias_first else 0))
     return min(reached), max(reached)
 
 
@@ -236,7 +257,7 @@ def test_partial_sums_stay_in_what_is_proved(case: tuple[Graph, Feeds]) -> None:
     data = {v: a.data for v, a in graph.constants.items()}
     bias = data[op.operands[2]] if len(op.operands) > 2 else None
     lo, hi = _by_hand(op, feeds["x0"], data[op.operands[1]], bias)
-    if op.overflow is not Overflow.SATURATE:  # else partial sums are those of a chain that is clamped on its way
+    if op.overflow not in STEPWISE:  # else partial sums are those of a chain that is clamped on its way
         assert op.partial.contains(Interval(lo, hi))
     assert op.overflow is not Overflow.NONE or op.accumulator.lo <= lo <= hi <= op.accumulator.hi
 

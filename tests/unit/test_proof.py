@@ -75,7 +75,7 @@ class Layer:
         groups, per_group, multiple, rows, columns = (draw(few) for _ in range(5))
         dilations, strides = (draw(few), draw(few)), (draw(few), draw(few))
         pads = tuple(draw(st.integers(0, 2)) for _ in range(4))
-        size = [draw(st.integers(max(1, (k - 1) * d + 1 - a - b), 6)) for k, d, a, b in
+        size = [draw(st.integers(max(1, (k - 1) * d + 1 - a - b), 7)) for k, d, a, b in
                 zip((rows, columns), dilations, pads[:2], pads[2:], strict=True)]  # fmt: skip
         weight, _ = self.weights(groups * multiple, rows, columns, per_group, channel_axis=0)
         bias, attributes = self.rest(groups * multiple)
@@ -95,7 +95,8 @@ class Layer:
         outputs, _, _, per_group = self.centred.shape
         for i, j, o in itertools.product(*map(range, self.value.type.concrete(1)[1:])):
             products: Products = []
-            for r, s, c in np.ndindex(*self.centred.shape[1:]):
+            places = sorted(np.ndindex(*self.centred.shape[1:]), key=lambda at: at[2] * op.order.channels_outside)
+            for r, s, c in places:
                 y = i * op.strides[0] + r * op.dilations[0] - op.pads[0]
                 x = j * op.strides[1] + s * op.dilations[1] - op.pads[1]
                 if 0 <= y < height and 0 <= x < width:
@@ -120,13 +121,13 @@ def test_the_bounds_of_a_layer_are_attained(data: st.DataObject) -> None:
     x = np.full((2 * len(terms), *layer.graph.inputs[0].type.concrete(1)[1:]), storage.lo)
     partial = {0}
     for place, ((channel, products), sign) in enumerate(itertools.product(terms, (1, -1))):
-        total = int(layer.bias[channel]) if layer.order is Order.BIAS_KHWC else 0
+        total = int(layer.bias[channel]) if layer.order.bias_first else 0
         partial.add(total)
         for weight, where in products:
             x[(place, *where)] = storage.hi if weight * sign > 0 else storage.lo
             total += weight * (int(x[(place, *where)]) - zero)
             partial.add(total)
-        partial.add(total + (int(layer.bias[channel]) if layer.order is Order.KHWC else 0))
+        partial.add(total + (0 if layer.order.bias_first else int(layer.bias[channel])))
     found = interpret(layer.graph, {"x": x})["y"].astype(np.int64)
     proof = prove(layer.graph)
     bounds = proof.bounds[layer.value]
