@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from qir.errors import PassError
 from qir.ir import Graph, Op, Stage, Value
@@ -14,15 +15,18 @@ from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Pass, PassContext
 from qir.rewrite import Rewriter
 from qir.target import Target
-from qir.types import FloatType, IntegerType
+from qir.types import FloatType, IntegerType, integer
+
+_OVERRIDE: Final = re.compile(r"(?P<pattern>.+):(?P<kind>[aw]?)(?P<bits>\d{1,2})")
 
 
 @dataclass(frozen=True)
 class AssignBitWidths(Pass):
-    """Give every real value the storage of the cheapest pair of widths in the target's table.
+    """Give every real value the width that the target takes by default, or the cheapest pair of widths in its table.
 
     `override` names exceptions as `pattern:bits`, several apart by `;`: the pattern (as in a shell) matches names of
-    results or locations of ops, the last match counts, and the width holds for the op's results and its weights.
+    results or locations of ops, the last match counts, and the width holds for the op's results and its weights;
+    `pattern:w4` is for the weights alone, `pattern:a8` for the results.
     """
 
     name: ClassVar[str] = "assign-bit-widths"
@@ -32,14 +36,13 @@ class AssignBitWidths(Pass):
 
     def __post_init__(self) -> None:
         for text in self.override:
-            pattern, colon, bits = text.rpartition(":")
-            if not colon or not pattern or not bits.isdigit():
-                raise PassError(f"override {text!r} is not of the form pattern:bits")
+            if not _OVERRIDE.fullmatch(text):
+                raise PassError(f"override {text!r} is not of the form pattern:bits, pattern:w4 or pattern:a8")
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The same graph with a storage on every real value."""
         target = context.need_target(self.name)
-        weight_bits, activation_bits = cheapest_widths(target)
+        weight_bits, activation_bits = default_widths(target)
         overrides = self._matches(graph, target)
         rewriter = Rewriter(graph)
         for value in graph.inputs:
@@ -48,10 +51,10 @@ class AssignBitWidths(Pass):
         for op in graph.ops:
             if isinstance(op, Const) and _only_parameters(graph, op.result):
                 continue  # each reader gets a constant of its own
-            chosen = overrides.get(op)
+            chosen = overrides.get(op, {})
             if isinstance(op, Conv | MatMul):
-                _own_constants(rewriter, op, target, chosen or weight_bits)
-            storage = target.activations.storage(chosen or activation_bits)
+                _own_constants(rewriter, op, target, chosen.get("w", weight_bits))
+            storage = target.activations.storage(chosen.get("a", activation_bits))
             results = [_stored(r, storage) for r in op.results]
             stored += sum(r.storage is not None for r in results)
             rewriter.keep(op, results)
@@ -59,27 +62,48 @@ class AssignBitWidths(Pass):
         context.note(f"{stored} values: {widths}; {len(overrides)} ops overridden")
         return rewriter.finish_graph()
 
-    def _matches(self, graph: Graph, target: Target) -> Mapping[Op, int]:
-        """Ops whose width is overridden. Raises PassError for a pattern without a match or a width the chip lacks."""
-        found: dict[Op, int] = {}
+    def _matches(self, graph: Graph, target: Target) -> Mapping[Op, dict[str, int]]:
+        """Ops whose widths, `w` and `a`, are overridden.
+
+        Raises PassError for a pattern without a match or a width the chip lacks.
+        """
+        found: dict[Op, dict[str, int]] = {}
+        alone = target.weight_only.bits if target.weight_only is not None else ()
+        kinds = {"a": ("activations", target.activations.bits), "w": ("weights", (*target.weights.bits, *alone))}
         for text in self.override:
-            pattern, _, digits = text.rpartition(":")
-            bits = int(digits)
-            for kind, widths in (("activations", target.activations.bits), ("weights", target.weights.bits)):
+            match = _OVERRIDE.fullmatch(text)
+            assert match is not None
+            bits, which = int(match["bits"]), match["kind"] or "aw"
+            for kind in which:
+                name, widths = kinds[kind]
                 if bits not in widths:
                     listed = ", ".join(map(str, widths))
-                    raise PassError(f"override {text!r}: {target.name} has {kind} of {listed} bits, not {bits}")
-            matched = [op for op in graph.ops if not isinstance(op, Const) and _matches(op, pattern)]
+                    raise PassError(f"override {text!r}: {target.name} has {name} of {listed} bits, not {bits}")
+            matched = [op for op in graph.ops if not isinstance(op, Const) and _matches(op, match["pattern"])]
             if not matched:
                 raise PassError(f"override {text!r} matches no result and no location of the graph")
-            found.update(dict.fromkeys(matched, bits))
+            for op in matched:
+                found.setdefault(op, {}).update(dict.fromkeys(which, bits))
         return found
 
 
-def cheapest_widths(target: Target) -> tuple[int, int]:
-    """Weight and activation bits of the pair that costs least per multiply-accumulate; of equals, the widest."""
-    pairs = [(w, a) for w in target.weights.bits for a in target.activations.bits]
-    return min(pairs, key=lambda p: (target.costs.mac[f"{p[0]}x{p[1]}"], -p[0] - p[1]))
+def default_widths(target: Target) -> tuple[int, int]:
+    """Weight and activation bits: the target's defaults, else those that cost least; of equals, the widest."""
+    weights, activations = (
+        item.bits if item.default is None else (item.default,) for item in (target.weights, target.activations)
+    )
+    return min(((w, a) for w in weights for a in activations), key=lambda p: (target.costs.of_mac(*p), -p[0] - p[1]))
+
+
+def weight_storage(target: Target, bits: int) -> IntegerType:
+    """The storage of weights of this width: a width for weights alone uses all of it."""
+    return integer(bits) if bits not in target.weights.bits else target.weights.storage(bits)
+
+
+def bias_storage(target: Target) -> IntegerType:
+    """The integers that are added to an accumulator."""
+    bits = target.accumulator.bits
+    return integer(target.bias_bits or (bits if isinstance(bits, int) else 32))
 
 
 def _matches(op: Op, pattern: str) -> bool:
@@ -99,7 +123,7 @@ def _only_parameters(graph: Graph, value: Value) -> bool:
 def _own_constants(rewriter: Rewriter, op: Op, target: Target, weight_bits: int) -> None:
     """Give the op constants of its own as weights and bias: their types follow from this op and no other."""
     weight, bias = op.operands[1], op.optional_operand(2)
-    for old, storage in ((weight, target.weights.storage(weight_bits)), (bias, target.accumulator_type)):
+    for old, storage in ((weight, weight_storage(target, weight_bits)), (bias, bias_storage(target))):
         data = None if old is None else rewriter.graph.constants.get(old)
         if old is None or data is None:
             continue

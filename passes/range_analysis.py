@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
-from qir.interval import Interval
+from qir.interval import Interval, bits_of_interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.observers import Observer, observer_from_string
 from qir.ops.accumulate import Accumulating
@@ -78,7 +78,7 @@ class RangeAnalysis(Pass):
         proof = prove(graph)
         context.diagnostics.extend(proof.diagnostics)
         context.note(f"{len(proof.bounds)} integer ranges proved")
-        widest = max((_bits(p) for op in graph.ops if (p := _partial(op, proof)) is not None), default=0)
+        widest = max((bits_of_interval(p) for op in graph.ops if (p := _partial(op, proof)) is not None), default=0)
         if widest:
             context.note(f"the widest partial sum takes {widest} bits")
         if not any(_facts(v, proof) for v in graph.values()) and not any(_sums(op, proof) for op in graph.ops):
@@ -101,11 +101,6 @@ def _sums(op: Op, proof: Proof) -> Mapping[str, Any]:
     """The proved partial sums where they differ from the stated ones."""
     proved = _partial(op, proof)
     return {} if proved is None or proved == getattr(op, "partial", None) else {"partial": proved}
-
-
-def _bits(interval: Interval) -> int:
-    """The bits of the two's complement integer that holds both ends."""
-    return max(int(e).bit_length() if e >= 0 else (~int(e)).bit_length() for e in (interval.lo, interval.hi)) + 1
 
 
 def _observed(value: Value, observer: Observer) -> Interval:

@@ -7,6 +7,7 @@ input and weight scale. Values that an op only passes on share one format, as do
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,24 +15,36 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from qir.arrays import Array
 from qir.calibration import Histogram
-from qir.errors import PassError
+from qir.errors import CalibrationError, PassError
+from qir.fixed_point import Overflow
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
+from qir.passes.accumulation import least_weight_scale, reach, sum_scale
 from qir.rewrite import map_values
-from qir.scale_search import affine_from_range, search_affine
-from qir.target import Granularity, Scheme, Target
-from qir.types import AffineType, IntegerType, TensorType, affine, integer
+from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
+from qir.target import FunctionRule, Granularity, Scales, Scheme, Target
+from qir.types import (
+    AffineType,
+    FixedPointType,
+    IntegerType,
+    QuantizedType,
+    TensorType,
+    affine,
+    fixed_point,
+    scale_array,
+)
 
-#: Output formats that the integer algorithms of the TensorFlow Lite family fix for 8 bits: scale and zero point.
-FIXED_FORMATS: dict[type[Op], tuple[float, int]] = {
-    Softmax: (1 / 256, -128),
-    Sigmoid: (1 / 256, -128),
-    Tanh: (1 / 128, 0),
+#: Output formats that the integer algorithms of the TensorFlow Lite family fix, by width: scale and zero point.
+FIXED_FORMATS: dict[tuple[type[Op], int], tuple[float, int]] = {
+    (Softmax, 8): (1 / 256, -128),
+    (Sigmoid, 8): (1 / 256, -128),
+    (Tanh, 8): (1 / 128, 0),
 }
 
 
@@ -59,7 +72,7 @@ class SelectQFormats(Pass):
             raise PassError(f"%{missing.name} has no storage; run assign-bit-widths first")
         groups = share_formats(graph)
         types: dict[Value, TensorType] = {}
-        formats: dict[Value, AffineType] = {}
+        formats: dict[Value, QuantizedType] = {}
         own = {v for op in graph.ops if isinstance(op, Conv | MatMul) for v in op.operands[1:]} & set(graph.constants)
         for value in graph.values():
             if not _is_real(value) or value in own:
@@ -79,28 +92,42 @@ class SelectQFormats(Pass):
             Stage.TYPED,
         )
 
-    def _format(self, graph: Graph, members: list[Value], target: Target) -> AffineType:
+    def _format(self, graph: Graph, members: list[Value], target: Target) -> QuantizedType:
         """The format of values that share one: a fixed one, else the search on all that was observed of them."""
         storage = _storage(members[0])
-        makers = {type(graph.producers[v]) for v in members if v in graph.producers}
-        fixed = {FIXED_FORMATS[maker] for maker in makers if maker in FIXED_FORMATS}
-        if len(fixed) == 1 and storage == integer(8):
-            scale, zero = fixed.pop()
-            return affine(storage, scale, zero)
-        symmetric = target.activations.scheme is Scheme.SYMMETRIC
+        if target.functions.rule is FunctionRule.TENSORFLOW_LITE:
+            makers = {type(graph.producers[v]) for v in members if v in graph.producers}
+            fixed = {FIXED_FORMATS[maker, storage.bits] for maker in makers if (maker, storage.bits) in FIXED_FORMATS}
+            if len(fixed) == 1 and storage.signed:
+                scale, zero = fixed.pop()
+                return affine(storage, scale, zero)
         observed = [Histogram.from_array(v.histogram.data) for v in members if v.histogram is not None]
         ranges = [v.range for v in members if v.range is not None]
-        if self.search is Search.MSE and observed:
-            merged = observed[0]
-            for histogram in observed[1:]:
-                merged = merged.merge(histogram)
-            scale_found, zero = search_affine(merged, storage.lo, storage.hi, symmetric)
-        elif ranges:
-            lo, hi = min(r.lo for r in ranges), max(r.hi for r in ranges)
-            scale_found, zero = affine_from_range(lo, hi, storage.lo, storage.hi, symmetric)
-        else:
+        if not (observed if self.search is Search.MSE and observed else ranges):
             raise PassError(f"%{members[0].name} has neither histogram nor range; run calibrate and range-analysis")
+        merged = functools.reduce(Histogram.merge, observed) if self.search is Search.MSE and observed else None
+        lo, hi = (min(r.lo for r in ranges), max(r.hi for r in ranges)) if ranges else (0.0, 0.0)
+        try:
+            if target.activations.scales is Scales.POWER_OF_TWO:
+                return fixed_point(storage, _exponent(storage, merged, (lo, hi), target))
+            symmetric = target.activations.scheme is Scheme.SYMMETRIC
+            if merged is not None:
+                scale_found, zero = search_affine(merged, storage.lo, storage.hi, symmetric)
+            else:
+                scale_found, zero = affine_from_range(lo, hi, storage.lo, storage.hi, symmetric)
+        except CalibrationError as fault:
+            raise PassError(f"%{members[0].name}: {fault}") from fault
         return affine(storage, scale_found, zero)
+
+
+def _exponent(storage: IntegerType, merged: Histogram | None, observed: tuple[float, float], target: Target) -> int:
+    """The binary point of activations. Where overflow wraps, or makes zero, twice the observed range has room."""
+    bits = storage.hi.bit_length() + storage.signed
+    clips = target.requantization.overflow in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC)
+    if merged is not None and clips:
+        return search_power_of_two(merged, bits, storage.signed)
+    lo, hi = (merged.minimum, merged.maximum) if merged is not None else observed
+    return power_of_two_from_range(lo, hi, bits, storage.signed) + (0 if clips else 1)
 
 
 class Groups:
@@ -169,36 +196,63 @@ def _weight_types(
     bias_data = graph.constants[bias].data if bias is not None and bias in graph.constants else None
     input_scale = _scale(types[op.operands[0]])
     if data is not None:
-        axis = 0 if isinstance(op, Conv) else data.data.ndim - 1
-        granularity = target.weights.conv if isinstance(op, Conv) else target.weights.matmul
-        per_channel = granularity is Granularity.PER_CHANNEL and data.data.ndim in (2, 3, 4)
-        scales = weight_scales(data.data, _storage(weight), axis if per_channel else None, bias_data, input_scale)
-        element = affine(_storage(weight), scales, 0, axis if per_channel else None, data.name)
+        element = _weight_format(op, weight, data, bias_data, input_scale, target)
+        scales = scale_array(element)
         yield weight, weight.type.with_element(element)
     else:
-        scales = np.asarray(_scale(types[weight]), np.float32)
+        scales = np.asarray(_scale(types[weight]), np.float64)
     if bias is not None and bias_data is not None:
-        products = (np.float64(input_scale) * np.asarray(scales, np.float64)).astype(np.float32)
-        axis_of_bias = 0 if products.ndim else None
         if bias.type.rank != 1:
             raise PassError(f"{op.describe()}: the bias must be a vector; run canonicalize first")
-        yield (
-            bias,
-            bias.type.with_element(affine(_storage(bias), products, 0, axis_of_bias, graph.constants[bias].name)),
+        steps = sum_scale(target, input_scale, scales, op.result.range).step
+        axis_of_bias, name = (0 if steps.ndim else None), graph.constants[bias].name
+        if target.weights.scales is Scales.POWER_OF_TWO:
+            yield bias, bias.type.with_element(fixed_point(_storage(bias), np.frexp(steps)[1] - 1, axis_of_bias))
+        else:
+            kind = affine(_storage(bias), steps.astype(np.float32), 0, axis_of_bias, name)
+            yield bias, bias.type.with_element(kind)
+
+
+def _weight_format(
+    op: Op, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
+) -> QuantizedType:
+    """The format of constant weights. Scales for weights alone, block by block, are legalize's: here is one a channel."""
+    contract, storage = target.weights, _storage(weight)
+    axis = 0 if isinstance(op, Conv) else data.data.ndim - 1
+    granularity = contract.conv if isinstance(op, Conv) else contract.matmul
+    per_channel = granularity is Granularity.PER_CHANNEL and data.data.ndim in (2, 3, 4)
+    chosen = axis if per_channel else None
+    if contract.scheme is Scheme.AFFINE:
+        rows = data.data if chosen is None else np.moveaxis(data.data, axis, 0)
+        rows = rows.reshape(1 if chosen is None else len(rows), -1).astype(np.float64)
+        ends = (rows.min(axis=1, initial=0.0), rows.max(axis=1, initial=0.0))
+        grids = [affine_from_range(lo, hi, storage.lo, storage.hi, False) for lo, hi in zip(*ends, strict=True)]
+        found, zeros = (np.array(part) for part in zip(*grids, strict=True))
+        return affine(
+            storage, found if per_channel else found[0], zeros if per_channel else zeros[0], chosen, data.name
         )
+    sums = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
+    if target.accumulator.rounding is None:  # else sums keep fewer fraction bits instead
+        sums = np.maximum(sums, reach(op.result.range))
+    least = least_weight_scale(target, input_scale, sums)
+    scales = weight_scales(data.data, storage, chosen, least)
+    if contract.scales is Scales.POWER_OF_TWO:
+        mantissas, exponents = np.frexp(scales.astype(np.float64))
+        return fixed_point(storage, np.where(mantissas == 0.5, exponents - 1, exponents), chosen)
+    return affine(storage, scales, 0, chosen, data.name)
 
 
 def _scale(kind: TensorType) -> float:
-    assert isinstance(kind.element, AffineType)
-    return float(kind.element.scale.data)
+    assert isinstance(kind.element, AffineType | FixedPointType)
+    return float(scale_array(kind.element))
 
 
 def weight_scales(
-    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, bias: npt.NDArray[Any] | None, input_scale: float
+    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any]
 ) -> npt.NDArray[np.float32]:
     """Symmetric float32 scales: the largest magnitude over the largest integer, per channel or for the tensor.
 
-    Raised where the bias, quantized at input scale times weight scale, would come near the ends of 32 bits; a channel
+    Raised to `least`, one or one a channel, where bias or sums would come near the ends of the accumulator; a channel
     of zeros takes the least scale of the others, for the precision of its bias.
     """
     magnitude = np.abs(data.astype(np.float64))
@@ -206,11 +260,9 @@ def weight_scales(
         largest = np.asarray(magnitude.max(initial=0.0))
     else:
         largest = magnitude.max(axis=tuple(i for i in range(data.ndim) if i != axis), initial=0.0)
-    scales = largest / storage.hi
-    if bias is not None:
-        limits = np.abs(bias.astype(np.float64)) / (input_scale * 2.0**30)
-        scales = np.maximum(scales, limits if axis is not None else limits.max(initial=0.0))
-    positive = scales[scales > 0]
+    scales = np.maximum(largest / storage.hi, least if axis is not None else least.max(initial=0.0))
+    positive = scales[(scales > 0) & (largest > 0)]
     filler = positive.min() if positive.size else 1.0
     tiny = float(np.finfo(np.float32).tiny)
-    return np.maximum(np.where(scales > 0, scales, filler), tiny).astype(np.float32)
+    filled = np.where(largest > 0, scales, np.maximum(scales, filler))
+    return np.asarray(np.maximum(filled, tiny), np.float32)

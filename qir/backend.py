@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from qir.errors import TargetError
-from qir.target import Target, read_target
+from qir.ir import Graph, Op
+from qir.target import Target
+from qir.target_file import read_target
 
 GROUP = "qir.backends"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend provides: a name and the file of its contract. Plugins expose one as an entry point."""
+    """What a backend provides: a name and the file of its contract; plugins expose one as an entry point.
+
+    Optional are `kernels(op, facts)`, which gives a `qir.backends.kernels.kernel.Kernel` for an op that it has a kernel
+    of its own for, or None; `cost(graph, target)`, which gives the cost of a fixed-stage graph by part; and
+    `export(graph, folder)`, which writes what the chip's own tools read. `qir.testing.check_backend` checks all three.
+    """
 
     name: str
     target_file: Path
+    kernels: Callable[[Op, Any], Any] | None = None
+    cost: Callable[[Graph, Target], Mapping[str, float]] | None = None
+    export: Callable[[Graph, Path], None] | None = None
+
+    def target(self) -> Target:
+        """The contract. Raises TargetError when the file is malformed or describes a target of another name."""
+        target = read_target(self.target_file, _parent_file)
+        if target.name != self.name:
+            raise TargetError(f"{self.target_file}: describes {target.name!r}, but is installed as {self.name!r}")
+        return target
 
 
 def shipped_backends() -> dict[str, Backend]:
@@ -54,14 +72,25 @@ def load_target(name: str | Path) -> Target:
 
     Raises TargetError when the name is unknown or the file is malformed.
     """
-    if isinstance(name, Path) or str(name).endswith(".toml"):
-        return read_target(name)
-    backends = find_backends()
+    if _is_path(name):
+        return read_target(name, _parent_file)
+    return _backend(str(name)).target()
+
+
+def _is_path(name: str | Path) -> bool:
+    return isinstance(name, Path) or name.endswith(".toml")
+
+
+def _backend(name: str) -> Backend:
+    shipped = shipped_backends()
+    backends = shipped if name in shipped else find_backends()
     if name not in backends:
         raise TargetError(
             f"unknown target {name!r}; there are: {', '.join(sorted(backends))}; or give the path of a .toml file"
         )
-    target = read_target(backends[name].target_file)
-    if target.name != name:
-        raise TargetError(f"{backends[name].target_file}: describes {target.name!r}, but is installed as {name!r}")
-    return target
+    return backends[name]
+
+
+def _parent_file(name: str, child: Path) -> Path:
+    """The file of the target that `child` inherits from: a path beside it, or a name."""
+    return child.parent / name if _is_path(name) else _backend(name).target_file

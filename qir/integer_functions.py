@@ -18,10 +18,12 @@ from qir.fixed_point import (
     INT32_MAX,
     FixedPointError,
     Integers,
+    RequantizeForm,
     Rounding,
     multiply_by_quantized_multiplier,
     quantize_multiplier,
     reduced_multiplier,
+    requantize,
     round_half_away,
     round_shift,
     rounding_divide_by_pot,
@@ -127,16 +129,20 @@ def quantized_bound(real: float, scale: Scale, zero_point: int) -> int:
     return int(zero_point + round_half_away(np.float32(real) / np.float32(scale)))
 
 
-def prepare_add(input1_scale: Scale, input2_scale: Scale, output_scale: Scale) -> AddParameters:
-    """The parameters of Add and Sub. The common scale is twice the larger input scale, less 20 bits.
+def prepare_add(
+    input1_scale: Scale, input2_scale: Scale, output_scale: Scale, left_shift: int = ADD_LEFT_SHIFT
+) -> AddParameters:
+    """The parameters of Add and Sub. The common scale is twice the larger input scale, less `left_shift` bits.
+
+    The left shift is 20 for operands of 8 bits, 15 for those of 16.
 
     Raises FixedPointError when the output scale is so small that the runtime refuses the op.
     """
     common = 2 * max(_double(input1_scale), _double(input2_scale))
-    output = common / (2.0**ADD_LEFT_SHIFT * _double(output_scale))
+    output = common / (2.0**left_shift * _double(output_scale))
     if output >= 1.0:
         raise FixedPointError(
-            "the output scale of an addition is at most 2^-19 times the larger input scale; enlarge it"
+            f"the output scale of an addition is at most 2^-{left_shift - 1} times the larger input scale; enlarge it"
         )
     factors = (_double(input1_scale) / common, _double(input2_scale) / common, output)
     return AddParameters(*(_multiplier(factor) for factor in factors))
@@ -254,13 +260,20 @@ def hard_swish(x: Integers, zero_point: int, parameters: HardSwishParameters, ou
     return wrap(rounding_divide_by_pot(product, -parameters.output_shift) + output_zero_point, 16)
 
 
-def leaky_relu(x: Integers, zero_point: int, above: Multiplier, below: Multiplier, output_zero_point: int) -> Integers:
+def leaky_relu(
+    x: Integers,
+    zero_point: int,
+    above: Multiplier,
+    below: Multiplier,
+    output_zero_point: int,
+    form: RequantizeForm = RequantizeForm.DOUBLE_ROUND,
+) -> Integers:
     """One factor from the zero point up, another below it; a negative factor negates the rounded product."""
     difference = x - zero_point
-    negative_side = multiply_by_quantized_multiplier(difference, abs(below.multiplier), below.shift)
+    negative_side = requantize(difference, abs(below.multiplier), below.shift, form)
     rescaled: Integers = np.where(
         difference >= 0,
-        multiply_by_quantized_multiplier(difference, *above),
+        requantize(difference, *above, form),
         -negative_side if below.multiplier < 0 else negative_side,
     )
     return rescaled + output_zero_point
@@ -274,13 +287,14 @@ def prelu(
     above: Multiplier,
     below: Multiplier,
     output_zero_point: int,
+    form: RequantizeForm = RequantizeForm.DOUBLE_ROUND,
 ) -> Integers:
     """Leaky relu whose slope is a tensor that broadcasts; `below` holds its scale."""
     difference = x - zero_point
     rescaled: Integers = np.where(
         difference >= 0,
-        multiply_by_quantized_multiplier(difference, *above),
-        multiply_by_quantized_multiplier(difference * (slope - slope_zero_point), *below),
+        requantize(difference, *above, form),
+        requantize(difference * (slope - slope_zero_point), *below, form),
     )
     return rescaled + output_zero_point
 

@@ -39,6 +39,11 @@ class Interval:
         return Interval(lo, hi) if lo <= hi else None
 
 
+def bits_of_interval(interval: Interval) -> int:
+    """The bits of the two's complement integer that holds both ends."""
+    return max(int(e).bit_length() if e >= 0 else (~int(e)).bit_length() for e in (interval.lo, interval.hi)) + 1
+
+
 ExactArray = npt.NDArray[Any]
 
 

@@ -1,23 +1,36 @@
-"""A target: what a chip computes, as data, loaded from TOML and validated field by field."""
+"""A target: what a chip computes, as data. `qir.target_file` reads it; docs/add-a-backend.md lists the fields.
+
+Every class here is a table of the file, and its fields are the keys. What contradicts itself is refused with the key.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import re
-import tomllib
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
 
-from qir.errors import QirError, TargetError
+from qir.errors import QirError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
-from qir.ops.accumulate import Order
+from qir.ops.accumulate import STEPWISE, Order
+from qir.ops.dequantize_blocks import Packing
 from qir.ops.fixed_rescale import QuantizeRule
 from qir.types import IntegerType, integer
+
+#: Activations and weights have at most this many bits.
+MOST_BITS: Final = 16
+_FLOAT_FORMS: Final = frozenset({RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY})
+_FORMS_OF_32_BITS: Final = frozenset({RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON})
+
+
+class ContractError(QirError):
+    """A contract that contradicts itself; `key` is the dotted path of the field at fault, within its table."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class Scheme(enum.StrEnum):
@@ -34,48 +47,246 @@ class Granularity(enum.StrEnum):
     PER_TENSOR = "per_tensor"
 
 
+class Scales(enum.StrEnum):
+    """Which scales there are: any float32, or powers of two, so that rescaling is a shift."""
+
+    REAL = "real"
+    POWER_OF_TWO = "power_of_two"
+
+
+class Width(enum.StrEnum):
+    """Widths that no number states."""
+
+    EXACT = "exact"  # a product as wide as its factors together
+    PROVED = "proved"  # an accumulator as wide as the sums of each layer are proved to need
+    ACCUMULATOR = "accumulator"  # a product that is cast to the accumulator before it is added
+
+
+class SumRule(enum.StrEnum):
+    """How two tensors of different scales are added."""
+
+    COMMON_SCALE = "common_scale"  # both to twice the larger scale at a left shift, then the sum to its scale
+    FLOAT32 = "float32"  # dequantized, added in float32, quantized: one IEEE operation each
+    BINARY_POINT = "binary_point"  # both shifted to the finer binary point, then the sum to its own
+    MULTIPLIERS = "multipliers"  # times integer multipliers, then one shift with ties up: XNNPACK
+
+
+class AverageRule(enum.StrEnum):
+    """How the average of a window is taken."""
+
+    INTEGER = "integer"  # the exact sum of its integers over their number, rounded
+    FLOAT32 = "float32"  # dequantized, averaged in float32, quantized
+
+
+class CostRule(enum.StrEnum):
+    """Where the cost of a multiply-accumulate comes from."""
+
+    TABLE = "table"  # the table `mac`
+    BIT_OPERATIONS = "bit_operations"  # the product of both widths, over that of 8 and 8
+
+
+class FunctionRule(enum.StrEnum):
+    """Where the entries of the tables of unary functions come from."""
+
+    TENSORFLOW_LITE = "tensorflow_lite"  # its integer algorithms; softmax too
+    REAL = "real"  # the function in float32, divided by the output scale and rounded
+
+
 @dataclass(frozen=True)
-class Activations:
-    """Integers between layers: widths that the chip has, cheapest preferred by the cost table."""
+class Operand:
+    """Base of activations and weights: integers of some widths, and the reals that they stand for.
+
+    `default` is the width that is taken where nothing asks for another; without one it is the cheapest.
+    `reduce_range` leaves the top bit unused; `narrow_range` leaves out the least value of a signed width.
+    """
 
     bits: tuple[int, ...]
     signed: bool
     scheme: Scheme
+    default: int | None = None
+    scales: Scales = Scales.REAL
+    narrow_range: bool = False
+    reduce_range: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            raise ContractError("bits", "at least one width must be listed")
+        for bits in self.bits:
+            if not 1 <= bits <= MOST_BITS:
+                raise ContractError("bits", f"widths of 1 to {MOST_BITS} bits are supported, not {bits}")
+            if self.narrow_range and not self.signed:
+                raise ContractError("narrow_range", "only signed integers have a narrow range")
+            low, high = self._bounds(bits)
+            if low >= high:
+                raise ContractError("bits", f"{bits} bits leave but the integer {high}; allow a wider range")
+        if self.default is not None and self.default not in self.bits:
+            raise ContractError("default", f"{self.default} is none of the widths {list(self.bits)}")
+        if self.scales is Scales.POWER_OF_TWO and self.scheme is Scheme.AFFINE:
+            raise ContractError("scheme", "power_of_two scales have no zero point; use scheme = symmetric")
+
+    def _bounds(self, bits: int) -> tuple[int, int]:
+        kind = integer(bits, self.signed)
+        lo, hi = kind.lo, kind.hi
+        if self.reduce_range:
+            lo, hi = lo // 2, hi // 2
+        return (-hi, hi) if self.narrow_range else (lo, hi)
 
     def storage(self, bits: int) -> IntegerType:
         """The integer type of this width."""
-        return integer(bits, self.signed)
+        return integer(bits, self.signed).narrowed(*self._bounds(bits))
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Constant operands of convolutions and matrix products. `narrow_range` leaves out the least value."""
+class Activations(Operand):
+    """Integers between layers, one scale a tensor."""
 
-    bits: tuple[int, ...]
-    narrow_range: bool
-    conv: Granularity
-    matmul: Granularity
 
-    def storage(self, bits: int) -> IntegerType:
-        """The integer type of this width: signed and symmetric."""
-        kind = integer(bits)
-        return kind.narrowed(-kind.hi, kind.hi) if self.narrow_range else kind
+@dataclass(frozen=True)
+class Weights(Operand):
+    """Constant operands of convolutions and matrix products, and whether each output channel has its own scale."""
+
+    conv: Granularity = Granularity.PER_CHANNEL
+    matmul: Granularity = Granularity.PER_TENSOR
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a product is before it is added: shifted left, then narrowed by `overflow` to `bits`, or `exact`."""
+
+    bits: int | Width = Width.EXACT
+    overflow: Overflow = Overflow.SATURATE
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits is Width.PROVED or (isinstance(self.bits, int) and not 1 <= self.bits <= 64):
+            raise ContractError("bits", "a product has 1 to 64 bits, or is exact or cast to the accumulator")
+        if self.overflow is Overflow.NONE:
+            raise ContractError("overflow", "none is what a proof says; state what the chip does")
+        if not 0 <= self.shift <= MOST_BITS:
+            raise ContractError("shift", f"a product is shifted left by 0 to {MOST_BITS} bits")
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """The register that sums products: its width, what a step does on overflow, the order of the products."""
+    """The register that sums products.
 
-    bits: int
+    Without guard bits `overflow` acts at every step, in `order`. With them the register is `guard_bits` wider and
+    wraps, and `overflow` acts once, when it is read out to `bits`. `rounding` is there where a sum may keep fewer
+    fraction bits than the products and is rounded at every step.
+    """
+
+    bits: int | Width
     overflow: Overflow
     order: Order
+    guard_bits: int = 0
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.overflow is Overflow.NONE:
+            raise ContractError("overflow", "none is what a proof says; state what the chip does")
+        if isinstance(self.bits, Width):
+            if self.bits is not Width.PROVED:
+                raise ContractError("bits", f"an accumulator has 2 to 64 bits, or is proved, not {self.bits}")
+            if self.guard_bits:
+                raise ContractError("guard_bits", "an accumulator of the proved width needs none")
+        elif not 2 <= self.bits <= 64 or not 0 <= self.guard_bits <= 64 - self.bits:
+            raise ContractError("bits", "an accumulator has 2 to 64 bits, guard bits included")
+        if self.rounding is not None and (self.guard_bits or self.bits is Width.PROVED):
+            raise ContractError(
+                "rounding", "an accumulator of guard bits or of the proved width keeps all fraction bits"
+            )
 
 
 @dataclass(frozen=True)
-class Requantization:
-    """How an accumulator is brought to the scale of its output."""
+class Requantizer:
+    """A formula of `qir.fixed_point.requantize`; the rounding belongs to the form `shift`.
+
+    `reciprocal` belongs to the form `float32`: its factor is then `sx * sw * (1 / so)` and not `sx * sw / so`, each
+    operation rounded to float32.
+    """
 
     form: RequantizeForm
+    rounding: Rounding | None = None
+    reciprocal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reciprocal and self.form is not RequantizeForm.FLOAT32:
+            raise ContractError("reciprocal", "only the factor of form = float32 may be by the reciprocal")
+        if (self.form is RequantizeForm.SHIFT) != (self.rounding is not None):
+            raise ContractError("rounding", "a rounding belongs to form = shift, and only to it")
+
+
+@dataclass(frozen=True)
+class Requantization(Requantizer):
+    """How accumulators are brought to the scale of their output, and what becomes of results that do not fit.
+
+    Kinds of ops that differ have a table of their own; `rescale` is every change of scale without a sum before it.
+    """
+
+    overflow: Overflow = Overflow.SATURATE
+    conv: Requantizer | None = None
+    matmul: Requantizer | None = None
+    mean: Requantizer | None = None
+    add: Requantizer | None = None
+    mul: Requantizer | None = None
+    rescale: Requantizer | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overflow is Overflow.NONE:
+            raise ContractError("overflow", "none is what a proof says; state what the chip does")
+
+    def of(self, kind: str) -> Requantizer:
+        """The formula for a kind of op: the name of a field."""
+        own: Requantizer | None = getattr(self, kind)
+        return own or self
+
+    def each(self) -> Iterator[tuple[str, Requantizer]]:
+        """Every formula with the key of its table, the general one under the empty key."""
+        yield "", self
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Requantizer):
+                yield f"{item.name}.", value
+
+
+@dataclass(frozen=True)
+class Addition:
+    """How two tensors are added; `left_shift` belongs to the rule `common_scale`."""
+
+    rule: SumRule
+    left_shift: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.left_shift <= 20:
+            raise ContractError("left_shift", "a common scale is at a left shift of 0 to 20 bits")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How an average is taken; `rounding` is that of the rule `integer`."""
+
+    average: AverageRule
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if (self.average is AverageRule.INTEGER) != (self.rounding is not None):
+            raise ContractError("rounding", "a rounding belongs to average = integer, and only to it")
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Tables of unary functions: 2**index_bits entries; wider operands are rounded to the index first."""
+
+    rule: FunctionRule
+    index_bits: int = 8
+    rounding: Rounding = Rounding.HALF_AWAY
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.index_bits <= MOST_BITS:
+            raise ContractError("index_bits", f"a table has an index of 2 to {MOST_BITS} bits")
+        if self.rule is FunctionRule.TENSORFLOW_LITE and self.index_bits != 8:
+            raise ContractError("index_bits", "the algorithms of TensorFlow Lite fill tables of 8-bit operands")
 
 
 @dataclass(frozen=True)
@@ -87,17 +298,48 @@ class InputQuantization:
 
 
 @dataclass(frozen=True)
+class WeightOnly:
+    """Widths of weights that are dequantized block by block before a product in floating point.
+
+    A block is `block` neighbours along the summed axis, which share a float32 scale. Two 4-bit weights share a byte.
+    """
+
+    bits: tuple[int, ...]
+    block: int
+    packing: Packing = Packing.LOW_FIRST
+
+    def __post_init__(self) -> None:
+        if self.bits != (4,):
+            raise ContractError("bits", f"weights alone are quantized to [4] bits, not {list(self.bits)}")
+        if self.block < 1:
+            raise ContractError("block", "a block has at least one weight")
+
+
+@dataclass(frozen=True)
 class Costs:
     """Relative costs: `mac` maps bits of weight and activation, such as `"8x8"`, to that of a multiply-accumulate."""
 
-    mac: Mapping[str, float]
+    rule: CostRule = CostRule.TABLE
+    mac: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if self.rule is CostRule.BIT_OPERATIONS and self.mac:
+            raise ContractError("mac", "a table belongs to rule = table")
+
+    def of_mac(self, weight_bits: int, activation_bits: int) -> float:
+        """The cost of one multiply-accumulate."""
+        if self.rule is CostRule.BIT_OPERATIONS:
+            return weight_bits * activation_bits / 64
+        return self.mac[f"{weight_bits}x{activation_bits}"]
 
 
 @dataclass(frozen=True)
 class Target:
     """The executable arithmetic contract of a chip.
 
-    `floating_point` says whether ops without an integer form may stay as float islands.
+    `floating_point` says whether the chip computes in floating point: ops without an integer form may then stay as
+    float islands. `bias_bits` is the width of constants that are added to an accumulator (default: its own).
+    `memory` holds sizes in bytes by name.
     """
 
     name: str
@@ -107,49 +349,95 @@ class Target:
     weights: Weights
     accumulator: Accumulator
     requantization: Requantization
+    addition: Addition
+    pooling: Pooling
+    functions: Functions
     input: InputQuantization
     costs: Costs
+    bias_bits: int | None = None
+    product: Product = field(default_factory=Product)
+    weight_only: WeightOnly | None = None
+    memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        if not self.activations.bits or not self.weights.bits:
-            raise QirError("activations.bits and weights.bits must list at least one width")
-        for group, widths in (("activations", self.activations.bits), ("weights", self.weights.bits)):
-            for bits in widths:
-                if not 2 <= bits <= 16:
-                    raise QirError(f"{group}.bits lists {bits}; widths of 2 to 16 bits are supported")
-        if self.accumulator.overflow not in (Overflow.WRAP, Overflow.SATURATE):
-            raise QirError(f"accumulator.overflow must be wrap or saturate, not {self.accumulator.overflow}")
-        integer_forms = (RequantizeForm.DOUBLE_ROUND, RequantizeForm.SINGLE_ROUND, RequantizeForm.NEON)
-        if self.requantization.form not in integer_forms:
-            raise QirError(f"requantization.form must be one of {', '.join(integer_forms)}")
+        for fault in (*self._widths(), *self._scales(), *self._floats()):
+            raise fault
+
+    def _widths(self) -> Iterator[ContractError]:
         for a in self.activations.bits:
             for w in self.weights.bits:
-                if f"{w}x{a}" not in self.costs.mac:
-                    raise QirError(
-                        f'costs.mac lacks "{w}x{a}", the cost of a {w}-bit weight times a {a}-bit activation'
-                    )
+                if self.costs.rule is CostRule.TABLE and f"{w}x{a}" not in self.costs.mac:
+                    pair = f"{w}-bit weight times a {a}-bit activation"
+                    yield ContractError("costs.mac", f'"{w}x{a}" is missing, the cost of a {pair}')
+        bits = self.accumulator.bits
+        if self.bias_bits is not None and not 2 <= self.bias_bits <= (bits if isinstance(bits, int) else 64):
+            yield ContractError("bias_bits", "a bias has 2 bits or more and is no wider than the accumulator")
+        for kind in ("conv", "matmul"):
+            form = self.requantization.of(kind).form
+            if form in _FORMS_OF_32_BITS and (isinstance(bits, Width) or bits > 32):
+                key = "form" if getattr(self.requantization, kind) is None else f"{kind}.form"
+                yield ContractError(f"requantization.{key}", f"{form} takes 32 bits, the accumulator has {bits}")
+        own_product = self.product.bits is not Width.EXACT
+        if self.product.bits is Width.ACCUMULATOR and bits is Width.PROVED:
+            yield ContractError(
+                "product.bits", "a product cannot be cast to an accumulator whose width is to be proved"
+            )
+        if bits is Width.PROVED and own_product and self.product.overflow in STEPWISE:
+            yield ContractError("product.bits", "an accumulator of the proved width takes exact products")
+        if self.weight_only is not None and set(self.weight_only.bits) & set(self.weights.bits):
+            yield ContractError("weight_only.bits", "a width is either for integer products or for weights alone")
 
-    @property
-    def accumulator_type(self) -> IntegerType:
-        """The integer type of the accumulator, of biases and of other intermediate sums."""
-        return integer(self.accumulator.bits)
+    def _scales(self) -> Iterator[ContractError]:
+        powers = self.activations.scales is Scales.POWER_OF_TWO
+        if self.weights.scales is not self.activations.scales:
+            yield ContractError("weights.scales", "weights and activations must have the same kind of scales")
+        for key, rule in self.requantization.each():
+            if rule.form is RequantizeForm.SHIFT and not powers:
+                yield ContractError(f"requantization.{key}form", "shift needs power_of_two scales")
+        if self.addition.rule is SumRule.BINARY_POINT and not powers:
+            yield ContractError("addition.rule", "binary_point needs power_of_two scales")
+        shifts = self.requantization.of("add").form is RequantizeForm.SHIFT
+        if shifts and self.addition.rule in (SumRule.COMMON_SCALE, SumRule.MULTIPLIERS):
+            yield ContractError("addition.rule", f"{self.addition.rule} rescales by multipliers, not by the form shift")
+        if self.accumulator.rounding is not None and not powers:
+            yield ContractError("accumulator.rounding", "only power_of_two scales have fraction bits to round")
+        if self.product.bits is Width.ACCUMULATOR and self.accumulator.rounding is None and powers:
+            yield ContractError("product.bits", "a product that is cast to the accumulator needs accumulator.rounding")
+
+    def _floats(self) -> Iterator[ContractError]:
+        if self.floating_point:
+            return
+        for key, rule in self.requantization.each():
+            if rule.form in _FLOAT_FORMS:
+                yield ContractError(f"requantization.{key}form", f"{rule.form} needs floating_point = true")
+        if self.addition.rule is SumRule.FLOAT32:
+            yield ContractError("addition.rule", "float32 needs floating_point = true")
+        if self.pooling.average is AverageRule.FLOAT32:
+            yield ContractError("pooling.average", "float32 needs floating_point = true")
+        if self.weight_only is not None:
+            yield ContractError("weight_only", "products in floating point need floating_point = true")
 
     def __str__(self) -> str:
+        """The whole contract as TOML: `qir.target_file.parse_target` gives the target back."""
         lines: list[str] = []
         _print_fields(self, "", lines)
         return "\n".join([*lines, ""])
 
 
 def _print_fields(item: Any, section: str, lines: list[str]) -> None:
-    """TOML text of a dataclass: plain fields first, then its sections."""
+    """TOML text of a dataclass: plain fields first, then its tables; what is absent is left out."""
     nested: list[tuple[str, Any]] = []
-    for field in dataclasses.fields(item):
-        value = getattr(item, field.name)
+    for column in dataclasses.fields(item):
+        value = getattr(item, column.name)
+        if value is None:
+            continue
         if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
-            nested.append((field.name, value))
+            nested.append((column.name, value))
         else:
-            lines.append(f"{field.name} = {_toml(value)}")
+            lines.append(f"{column.name} = {_toml(value)}")
     for name, value in nested:
+        if isinstance(value, Mapping) and not value:
+            continue
         lines += ["", f"[{section}{name}]"]
         if isinstance(value, Mapping):
             lines += [f"{_toml(k)} = {_toml(v)}" for k, v in value.items()]
@@ -166,90 +454,3 @@ def _toml(value: Any) -> str:
         escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
     return repr(value)
-
-
-def read_target(path: str | Path) -> Target:
-    """The target that a TOML file describes. Raises TargetError with file and line, the reason and the mend."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
-        raise TargetError(f"cannot read target {path}: {reason}") from fault
-    return parse_target(text, str(path))
-
-
-def parse_target(text: str, source: str = "<text>") -> Target:
-    """The target that TOML text describes; see `read_target`."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise TargetError(f"{source}: not TOML: {fault}") from fault
-    loader = _Loader(text, source)
-    target = loader.build(Target, data, ())
-    assert isinstance(target, Target)
-    return target
-
-
-class _Loader:
-    def __init__(self, text: str, source: str) -> None:
-        self.lines = text.splitlines()
-        self.source = source
-
-    def fail(self, path: tuple[str, ...], message: str) -> typing.NoReturn:
-        raise TargetError(f"{self.source}:{self.line(path)}: {'.'.join(path) or 'target'}: {message}")
-
-    def line(self, path: tuple[str, ...]) -> int:
-        """The line of a key, or of its section where the key is absent; 1 where neither stands in the text."""
-        section, best = "", 1
-        wanted, key = ".".join(path[:-1]), path[-1] if path else ""
-        for number, line in enumerate(self.lines, 1):
-            header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)
-            if header:
-                section = header[1]
-                if section in (wanted, ".".join(path)):
-                    best = number
-            elif section == wanted and re.match(rf"\s*\"?{re.escape(key)}\"?\s*=", line):
-                return number
-        return best
-
-    def build(self, kind: type, data: Mapping[str, Any], path: tuple[str, ...]) -> object:
-        """A dataclass from a table: every field once, nothing unknown."""
-        hints = typing.get_type_hints(kind)
-        names = [f.name for f in dataclasses.fields(kind)]
-        for key in data:
-            if key not in names:
-                self.fail((*path, key), f"unknown field; the fields here are {', '.join(names)}")
-        for name in names:
-            if name not in data:
-                self.fail((*path, name), "this field is missing")
-        values = {name: self.value(hints[name], data[name], (*path, name)) for name in names}
-        try:
-            return kind(**values)
-        except QirError as fault:
-            self.fail(path, str(fault))
-
-    def value(self, kind: Any, value: Any, path: tuple[str, ...]) -> Any:
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            if not isinstance(value, dict):
-                self.fail(path, "expected a table")
-            return self.build(kind, value, path)
-        origin = typing.get_origin(kind)
-        if origin is tuple:
-            if not isinstance(value, list):
-                self.fail(path, "expected a list")
-            return tuple(self.value(typing.get_args(kind)[0], v, path) for v in value)
-        if origin is not None and issubclass(origin, Mapping):
-            if not isinstance(value, dict):
-                self.fail(path, "expected a table")
-            item = typing.get_args(kind)[1]
-            return types.MappingProxyType({k: self.value(item, v, (*path, k)) for k, v in value.items()})
-        if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-            if value not in set(kind):
-                self.fail(path, f"{value!r} is not one of {', '.join(kind)}")
-            return kind(value)
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            self.fail(path, f"expected {kind.__name__}, found {value!r}")
-        return value

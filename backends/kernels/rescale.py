@@ -24,6 +24,7 @@ from qir.backends.kernels.kernel import (
 )
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, reduced_multiplier
 from qir.ir import Op
+from qir.ops.dequantize_blocks import DequantizeBlocks, Packing
 from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.types import TensorType, scale_array
 
@@ -208,7 +209,7 @@ def quantize(op: Op, facts: Facts) -> Kernel | None:
     arguments = (
         np.resize(np.atleast_1d(scale), period),
         op.rule is QuantizeRule.RECIPROCAL,
-        op.rounding is Rounding.HALF_EVEN,
+        np.array(TIES[op.rounding], np.int64),
         *(np.resize(np.atleast_1d(limit - zero), period) for limit in (storage.lo, storage.hi)),
         np.resize(np.atleast_1d(zero), period),
     )
@@ -218,6 +219,22 @@ def quantize(op: Op, facts: Facts) -> Kernel | None:
         return lambda: loops.quantize_reals(x, *arguments, out)
 
     return Kernel("quantize", bind)
+
+
+def dequantize_blocks(op: Op, facts: Facts) -> Kernel | None:
+    """4-bit weights to reals."""
+    assert isinstance(op, DequantizeBlocks)
+    outer, length, inner = (
+        int(np.prod(part, dtype=np.int64))
+        for part in (op.shape[: op.axis], op.shape[op.axis : op.axis + 1], op.shape[op.axis + 1 :])
+    )
+    block, high_first = op.block, int(op.packing is Packing.HIGH_FIRST)
+
+    def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:
+        scale, out = inputs[1].reshape(outer, -1, inner), output.reshape(outer, length, inner)
+        return lambda: loops.dequantize_nibbles(inputs[0], scale, block, high_first, out)
+
+    return Kernel("dequantize_blocks", bind) if op.result.type.sample_size else None
 
 
 def dequantize(op: Op, facts: Facts) -> Kernel | None:

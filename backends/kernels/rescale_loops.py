@@ -120,25 +120,26 @@ def rescale_double(x: Any, x_zero: Any, left: Any, multiplier: Any, low: Any, hi
 
 
 @kernel
-def quantize_reals(
-    x: Any, scale: Any, reciprocal: bool, half_even: bool, low: Any, high: Any, zero: Any, out: Any
-) -> None:
-    """`x / scale` (or `x * scale`) in float32, rounded to even or away from zero; NaN becomes the zero point."""
+def quantize_reals(x: Any, scale: Any, reciprocal: bool, ties: Any, low: Any, high: Any, zero: Any, out: Any) -> None:
+    """`x / scale` (or `x * scale`) in float32, rounded as `ties` says (see `rescale.TIES`); NaN: the zero point."""
     period = scale.shape[0]
     limit = np.float32(2.0**62)
+    above, tie, tie_positive, tie_negative, tie_odd, negative = ties[0], ties[1], ties[2], ties[3], ties[4], ties[5]
     for start in range(0, x.shape[0], period):
         count = min(period, x.shape[0] - start)
         source, target = x[start : start + count], out[start : start + count]
         for j in range(count):
             real = source[j] * scale[j] if reciprocal else source[j] / scale[j]
             real = np.float32(0) if np.isnan(real) else min(max(np.float32(real), -limit), limit)
-            whole = np.trunc(real)
-            distance = abs(real - whole)
-            if half_even:
-                whole = np.rint(real)
-            elif distance >= np.float32(0.5):
-                whole = whole + (np.float32(-1) if real < 0 else np.float32(1))
-            target[j] = min(max(np.int64(whole), low[j]), high[j]) + zero[j]
+            below = np.floor(real)
+            rest = np.float32(real - below)
+            floor = np.int64(below)
+            is_negative = np.int64(1 if floor < 0 else 0)
+            at_tie = tie | (tie_positive & (1 - is_negative)) | (tie_negative & is_negative) | (tie_odd & (floor & 1))
+            half = np.float32(0.5)
+            up = above if rest > half else (at_tie if rest == half else np.int64(0))
+            up |= negative & is_negative & np.int64(1 if rest != 0 else 0)
+            target[j] = min(max(floor + up, low[j]), high[j]) + zero[j]
 
 
 @kernel
@@ -150,3 +151,16 @@ def dequantize_integers(x: Any, scale: Any, zero: Any, out: Any) -> None:
         source, target = x[start : start + count], out[start : start + count]
         for j in range(count):
             target[j] = np.float32(np.int64(source[j]) - zero[j]) * scale[j]
+
+
+@kernel
+def dequantize_nibbles(data: Any, scale: Any, block: int, high_first: int, out: Any) -> None:
+    """Signed 4-bit integers, two a byte of `data`, times `scale` [outer, blocks, inner]; out [outer, length, inner]."""
+    length, inner = out.shape[1], out.shape[2]
+    for i in range(out.shape[0]):
+        for k in range(length):
+            for j in range(inner):
+                place = (i * length + k) * inner + j
+                right = 4 * ((place & 1) ^ high_first)
+                nibble = (np.int64(data[place >> 1]) >> right) & 15
+                out[i, k, j] = np.float32((nibble ^ 8) - 8) * scale[i, k // block, j]

@@ -9,6 +9,7 @@ from typing import Final
 from qir.backends.kernels import elementwise, linear, movement, rescale
 from qir.backends.kernels.kernel import Facts, Kernel, interpreted
 from qir.ir import Op
+from qir.ops.dequantize_blocks import DequantizeBlocks
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
@@ -23,6 +24,7 @@ CHOICES: Final[Mapping[type[Op], Callable[[Op, Facts], Kernel | None]]] = Mappin
         Requantize: rescale.requantize,
         Quantize: rescale.quantize,
         Dequantize: rescale.dequantize,
+        DequantizeBlocks: rescale.dequantize_blocks,
         FixedAdd: elementwise.arithmetic,
         FixedSub: elementwise.arithmetic,
         FixedMul: elementwise.arithmetic,

@@ -15,7 +15,6 @@ from qir.backends.kernels.kernel import (
     Facts,
     Memory,
     Tensor,
-    fills_container,
     fits,
     integers,
     zero_along_last,

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.fixed_point import Overflow, Rounding
-from qir.integer_functions import Multiplier, rescale_multiplier
+from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.interval import Bounds, bits_of_interval
 from qir.ir import Graph, Op, Stage, Value
+from qir.ops.accumulate import Accumulating
+from qir.ops.constant import Const
 from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize, quantize_array
 from qir.ops.movement import FixedReshape, FixedTranspose
+from qir.passes.lowering.factors import Factor, factor
 from qir.rewrite import Rewriter
-from qir.target import Target
-from qir.types import AffineType, Dim, ElementType, IntegerType, Shape, TensorType, is_quantized
+from qir.target import Target, Width
+from qir.types import (
+    AffineType,
+    Dim,
+    ElementType,
+    FixedPointType,
+    IntegerType,
+    QuantizedType,
+    Shape,
+    TensorType,
+    integer,
+    is_quantized,
+    scale_array,
+    storage_of,
+    zero_array,
+)
 
+_WIDEST: Final = 64
 IntArray = npt.NDArray[Any]
 
 
@@ -54,6 +72,7 @@ class Lowering(Rewriter):
         self.target = target
         self._layouts: dict[tuple[Value, bool], Value] = {}
         self._reshaped: dict[Value, Value] = {}
+        self._data: dict[Value, Array] = {}
 
     # Values and layouts
 
@@ -102,39 +121,28 @@ class Lowering(Rewriter):
 
     # Types
 
-    def affine_of(self, old: Value) -> AffineType:
-        """The quantized type of an old value. Raises NoIntegerForm when it has none."""
+    def format_of(self, old: Value) -> QuantizedType:
+        """The quantized type of an old value. Raises NoIntegerForm when it has none for the whole tensor."""
         element = old.type.element
-        if not isinstance(element, AffineType) or element.axis is not None:
-            raise NoIntegerForm(f"%{old.name} has no per-tensor affine type")
+        if not isinstance(element, AffineType | FixedPointType) or element.axis is not None:
+            raise NoIntegerForm(f"%{old.name} has no quantized type for the whole tensor")
         return element
 
     def scale(self, old: Value) -> np.float32:
         """The scale of an old value."""
-        return np.float32(self.affine_of(old).scale.data)
+        return scale_of(self.format_of(old))
 
     def zero(self, old: Value) -> int:
         """The zero point of an old value."""
-        return int(self.affine_of(old).zero_point.data)
+        return int(zero_array(self.format_of(old)))
 
-    def clipped(self, old: Value, clip: tuple[float, ...] | None) -> AffineType:
+    def clipped(self, old: Value, clip: tuple[float, ...] | None) -> QuantizedType:
         """The type of a result whose storage bounds are narrowed to a fused activation."""
-        element = self.affine_of(old)
+        element = self.format_of(old)
         if clip is None:
             return element
-        lo, hi = quantize_array(np.array(clip, np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY)
+        lo, hi = quantize_array(np.array(clip, np.float32), element, QuantizeRule.DIVIDE, self.target.input.rounding)
         return element.with_storage(element.storage.narrowed(int(lo), int(hi)))
-
-    @property
-    def accumulator(self) -> IntegerType:
-        """The target's accumulator."""
-        return self.target.accumulator_type
-
-    @property
-    def accumulation(self) -> dict[str, Any]:
-        """The attributes that every accumulating op gets from the target."""
-        contract = self.target.accumulator
-        return {"accumulator": self.accumulator, "overflow": contract.overflow, "order": contract.order}
 
     # Emission
 
@@ -142,43 +150,176 @@ class Lowering(Rewriter):
         """`new` stands for the op's result."""
         self.define(op.result, new, last and op.result.type.rank > 2)
 
-    def requantize(
+    def constant(self, data: Array, kind: TensorType, name: str = "") -> Value:
+        """A constant, whose data proofs of widths may use."""
+        value = super().constant(data, kind, name)
+        self._data[value] = data
+        return value
+
+    def sum_of(
+        self,
+        op_class: type[Accumulating],
+        operands: Sequence[Value],
+        shift: int,
+        *,
+        name: str,
+        location: str,
+        **more: Any,
+    ) -> Value:
+        """An accumulating op by the contract, read out of its guard bits; products enter at `shift`."""
+        contract, product = self.target.accumulator, self.target.product
+        attributes: dict[str, Any] = {"overflow": contract.overflow, "order": contract.order, **more}
+        if contract.guard_bits:
+            attributes["overflow"] = Overflow.WRAP
+        if shift:
+            attributes |= {"product_shift": shift, "rounding": contract.rounding if shift < 0 else None}
+        if isinstance(contract.bits, Width):
+            bits = self._proved_bits(op_class, operands, attributes)
+            read = register = integer(bits)
+        else:
+            register, read = integer(contract.bits + contract.guard_bits), integer(contract.bits)
+        if product.bits is not Width.EXACT:
+            kind = register if isinstance(product.bits, Width) else integer(product.bits)
+            overflow = contract.overflow if isinstance(product.bits, Width) else product.overflow
+            attributes |= {"product": kind, "product_overflow": overflow}
+        inner = f"{name}.guarded" if contract.guard_bits else name
+        total = self.emit(op_class, operands, accumulator=register, name=inner, location=location, **attributes)
+        return self.narrowed(total, read, name=name, location=location) if contract.guard_bits else total
+
+    def _proved_bits(
+        self, op_class: type[Accumulating], operands: Sequence[Value], attributes: Mapping[str, Any]
+    ) -> int:
+        """The width that holds every partial sum, from the weights and the types of the other operands."""
+        trial = op_class(operands=tuple(operands), accumulator=integer(_WIDEST), **attributes)
+        found = trial.bounds([self._bounds(v) for v in operands])
+        assert found is not None
+        assert found.partial is not None
+        bits = bits_of_interval(found.partial)
+        if bits > _WIDEST:
+            raise NoIntegerForm(f"its sums take {bits} bits, and {_WIDEST} is the most there is")
+        return max(bits, 2)
+
+    def _bounds(self, value: Value) -> Bounds:
+        if value in self._data:
+            found = Const(value=self._data[value], results=(value,)).bounds(())
+            return found.results[0]
+        storage = storage_of(value.type.element)
+        assert storage is not None
+        return Bounds.of(storage.lo, storage.hi)
+
+    def narrowed(self, value: Value, storage: IntegerType, *, name: str, location: str) -> Value:
+        """The same integers in a narrower type, by the overflow mode of the accumulator."""
+        return self.emit(
+            Requantize,
+            [value],
+            elements=[storage],
+            overflow=self.target.accumulator.overflow,
+            **_shift_attributes(0, Rounding.FLOOR, name),
+            name=name,
+            location=location,
+        )
+
+    def shifted(
         self,
         value: Value,
-        factors: Multiplier | Sequence[Multiplier],
+        shift: int,
         element: ElementType,
         *,
         name: str,
         location: str,
-        input_shift: int = 0,
+        rounding: Rounding | None = None,
     ) -> Value:
-        """A saturating requantize in the target's form; several factors run along the last axis."""
-        single = isinstance(factors, Multiplier)
-        pairs = np.array([factors] if single else list(factors), np.int64).reshape(-1, 2)
-        multiplier, shift = (pairs[0, i] if single else pairs[:, i] for i in (0, 1))
+        """`value * 2**shift`, rounded as the contract rescales, and saturated."""
+        rule = self.target.requantization.of("rescale")
         return self.emit(
             Requantize,
             [value],
             elements=[element],
-            multiplier=Array(np.asarray(multiplier), f"{name}.multiplier"),
-            shift=Array(np.asarray(shift), f"{name}.shift"),
-            form=self.target.requantization.form,
+            overflow=Overflow.SATURATE,
+            **_shift_attributes(shift, rounding or rule.rounding or Rounding.FLOOR, name),
+            name=name,
+            location=location,
+        )
+
+    def requantize(
+        self,
+        value: Value,
+        factor: Factor,
+        element: ElementType,
+        *,
+        kind: str,
+        name: str,
+        location: str,
+        input_shift: int = 0,
+    ) -> Value:
+        """A requantize in the form that the target has for this kind of op.
+
+        Where results overflow by another mode than saturation, a fused activation is a step of its own.
+        """
+        rule, overflow = self.target.requantization.of(kind), self.target.requantization.overflow
+        storage = storage_of(element)
+        assert storage is not None
+        final = element
+        if isinstance(element, AffineType | FixedPointType):
+            whole = self.target.activations.storage(storage.bits)
+            if overflow is not Overflow.SATURATE and storage != whole:
+                element = element.with_storage(whole)
+        else:
+            overflow = Overflow.SATURATE  # an intermediate result
+        is_two_steps = element is not final
+        result = self.emit(
+            Requantize,
+            [value],
+            elements=[element],
+            multiplier=Array(factor.multiplier, f"{name}.multiplier"),
+            shift=Array(factor.shift, f"{name}.shift"),
+            form=rule.form,
+            rounding=rule.rounding,
             input_shift=input_shift,
+            overflow=overflow,
+            name=f"{name}.whole" if is_two_steps else name,
+            location=location,
+        )
+        return self.shifted(result, 0, final, name=name, location=location) if is_two_steps else result
+
+    def rescaled(self, value: Value, factor: Factor, element: QuantizedType, *, name: str, location: str) -> Value:
+        """A change of scale that saturates, whatever becomes of results of layers that do not fit."""
+        rule = self.target.requantization.of("rescale")
+        return self.emit(
+            Requantize,
+            [value],
+            elements=[element],
+            multiplier=Array(factor.multiplier, f"{name}.multiplier"),
+            shift=Array(factor.shift, f"{name}.shift"),
+            form=rule.form,
+            rounding=rule.rounding,
             overflow=Overflow.SATURATE,
             name=name,
             location=location,
         )
 
-    def converted(self, value: Value, element: AffineType, *, name: str, location: str) -> Value:
+    def number(self, value: int, kind: IntegerType, *, name: str) -> Value:
+        """A scalar constant of plain integers."""
+        array = Array(np.asarray(value, kind.dtype), name)
+        return self.constant(array, TensorType((), kind), name=name)
+
+    def factor(
+        self, kind: str, scales: Sequence[IntArray | np.float32], output: QuantizedType, count: int = 1
+    ) -> Factor:
+        """The factor from sums at the product of these scales to an output, in the form for this kind of op."""
+        return factor(self.target.requantization.of(kind), scales, scale_of(output), count)
+
+    def converted(self, value: Value, element: QuantizedType, *, name: str, location: str) -> Value:
         """`value` in another per-tensor format; itself where its integers already mean the same and fit."""
         source = value.type.element
-        assert isinstance(source, AffineType)
+        assert isinstance(source, AffineType | FixedPointType)
         fits = element.storage.lo <= source.storage.lo and source.storage.hi <= element.storage.hi
         same_container = source.storage.base_name == element.storage.base_name
-        if fits and same_container and (source.scale, source.zero_point) == (element.scale, element.zero_point):
+        same_reals = scale_of(source) == scale_of(element) and int(zero_array(source)) == int(zero_array(element))
+        if fits and same_container and same_reals:
             return value
-        factor = rescale_multiplier(np.float32(source.scale.data), np.float32(element.scale.data))
-        return self.requantize(value, factor, element, name=name, location=location)
+        found = self.factor("rescale", [scale_of(source)], element)
+        return self.requantize(value, found, element, kind="rescale", name=name, location=location)
 
     def integers(self, old: Value, rounding: Rounding = Rounding.HALF_AWAY) -> IntArray:
         """The integers of a constant under its quantized type, in the smallest dtype.
@@ -186,8 +327,8 @@ class Lowering(Rewriter):
         Raises NoIntegerForm when it has none.
         """
         element = old.type.element
-        if not isinstance(element, AffineType):
-            raise NoIntegerForm(f"%{old.name} has no affine type")
+        if not isinstance(element, AffineType | FixedPointType):
+            raise NoIntegerForm(f"%{old.name} has no quantized type")
         data = self.graph.constants[old].data.astype(np.float32)
         return quantize_array(data, element, QuantizeRule.DIVIDE, rounding).astype(element.storage.dtype)
 
@@ -204,11 +345,13 @@ class Lowering(Rewriter):
         array = Array(np.ascontiguousarray(data), self.graph.constants[old].name or old.name)
         return self.constant(array, TensorType(array.shape, element), name=old.name)
 
-    def island(self, op: Op) -> None:
-        """Keep a float op between dequantize and quantize, in ONNX's layout."""
+    def island(self, op: Op, given: Mapping[Value, Value] | None = None) -> None:
+        """Keep a float op between dequantize and quantize, in ONNX's layout; `given` are reals for some operands."""
         operands = []
         for old in op.operands:
-            if old in self.graph.constants and self.graph.constants[old].data.dtype.kind == "f":
+            if given and old in given:
+                operands.append(given[old])
+            elif old in self.graph.constants and self.graph.constants[old].data.dtype.kind == "f":
                 operands.append(self.constant(self.graph.constants[old], TensorType(old.type.shape), name=old.name))
             elif is_quantized(old.type.element):
                 operands.append(self.emit(Dequantize, [self.read(old)], name=f"{old.name}.real", location=op.location))
@@ -241,3 +384,17 @@ class Lowering(Rewriter):
 def spatial_rank_4(shape: Shape) -> tuple[Dim, ...]:
     """(N, L, C) as (N, 1, L, C); NHWC as it is."""
     return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+
+
+def scale_of(element: QuantizedType) -> np.float32:
+    """The scale of a per-tensor type; float32 holds powers of two too."""
+    return np.float32(scale_array(element))
+
+
+def _shift_attributes(shift: int, rounding: Rounding, name: str) -> dict[str, Any]:
+    return {
+        "multiplier": Array(np.array(1, np.int64), f"{name}.multiplier"),
+        "shift": Array(np.array(shift, np.int64), f"{name}.shift"),
+        "form": RequantizeForm.SHIFT,
+        "rounding": rounding,
+    }

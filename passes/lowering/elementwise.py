@@ -1,44 +1,27 @@
-"""Elementwise ops, activations, softmax and argmax, as TensorFlow Lite computes them where it has a rule.
+"""Elementwise ops, softmax and argmax, each by the rule that the contract has for its kind.
 
-HardSigmoid and Div have none there: theirs are qir's own, said in their docstrings. A function of one 8-bit operand is
-a table of its 256 results, whatever algorithm makes the entries.
+Div has none in any runtime: its rule is qir's own, said in its docstring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from qir.arrays import Array
-from qir.fixed_point import Overflow, quantize_multiplier, round_half_away
-from qir.integer_functions import (
-    ADD_LEFT_SHIFT,
-    SOFTMAX_ROW_LIMIT,
-    Multiplier,
-    hard_swish,
-    leaky_relu,
-    logistic,
-    prelu,
-    prepare_add,
-    prepare_hard_swish,
-    prepare_leaky_relu,
-    prepare_sigmoid,
-    prepare_softmax,
-    product_multiplier,
-    rescale_multiplier,
-    tanh,
-)
+from qir.fixed_point import Overflow, Rounding, quantize_multiplier
+from qir.integer_functions import SOFTMAX_ROW_LIMIT, prepare_add, prepare_softmax
 from qir.ir import Op, Value
-from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
+from qir.ops.accumulate import bits_of
+from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub
 from qir.ops.fixed_pool import FixedSoftmax
 from qir.ops.float_base import Clipped
-from qir.ops.float_elementwise import Activation, Add, Div, HardSigmoid, LeakyRelu, PRelu, Sub
+from qir.ops.float_elementwise import Activation, Add, Div, Sub
 from qir.ops.float_pool import ArgMax, Softmax
-from qir.passes.lowering.context import IntArray, Lowering, NoIntegerForm, last_axis
-from qir.types import S8, AffineType, TensorType, affine, integer
-
-Entries = Callable[[IntArray], IntArray]
+from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis
+from qir.passes.lowering.factors import Factor
+from qir.target import FunctionRule, SumRule
+from qir.types import S8, S32, IntegerType, affine, integer
 
 
 def both_operands(b: Lowering, op: Op) -> tuple[list[Value], bool]:
@@ -59,29 +42,103 @@ def both_operands(b: Lowering, op: Op) -> tuple[list[Value], bool]:
 
 
 def lower_add(b: Lowering, op: Op) -> None:
-    """Add and Sub: both operands to a common scale at left shift 20, their sum requantized."""
+    """Add and Sub, by the contract's rule for sums."""
     assert isinstance(op, Add | Sub)
-    if any(b.affine_of(v).storage.bits > 8 for v in op.operands):
-        raise NoIntegerForm("the sum on a common scale is defined for operands of at most 8 bits")
+    for value in (*op.operands, op.result):
+        b.format_of(value)
+    match b.target.addition.rule:
+        case SumRule.FLOAT32:
+            b.island(op)
+        case SumRule.COMMON_SCALE:
+            _add_on_common_scale(b, op)
+        case SumRule.BINARY_POINT:
+            _add_on_binary_point(b, op)
+        case SumRule.MULTIPLIERS:
+            _add_with_multipliers(b, op)
+
+
+def _add_on_common_scale(b: Lowering, op: Add | Sub) -> None:
+    """Both operands at twice the larger scale and a left shift, their sum requantized: TensorFlow Lite."""
+    left_shift = b.target.addition.left_shift
+    if any(b.format_of(v).storage.bits + left_shift > 31 for v in op.operands):
+        raise NoIntegerForm(f"operands at a left shift of {left_shift} must fit 32 bits")
     scales = [b.scale(v) for v in op.operands]
-    parameters = prepare_add(scales[0], scales[1], b.scale(op.result))
+    parameters = prepare_add(scales[0], scales[1], b.scale(op.result), left_shift)
     operands, last = both_operands(b, op)
-    name = op.result.name
     common = [
         b.requantize(
-            value, factor, integer(32), name=f"{name}.{side}", location=op.location, input_shift=ADD_LEFT_SHIFT
+            value,
+            Factor.of(factor),
+            S32,
+            kind="add",
+            name=f"{op.result.name}.{side}",
+            location=op.location,
+            input_shift=left_shift,
         )
         for value, factor, side in zip(operands, parameters[:2], ("a", "b"), strict=True)
     ]
-    total = b.emit(
+    _finish(b, op, _sum(b, op, common, S32), Factor.of(parameters.output), last, kind="add")
+
+
+def _add_on_binary_point(b: Lowering, op: Add | Sub) -> None:
+    """Both operands at the finer binary point, their exact sum rescaled: Q formats.
+
+    Where points lie so far apart that the coarser operand would leave 32 bits, the finer one is rounded.
+    """
+    exponents = [int(np.frexp(b.scale(v))[1]) - 1 for v in op.operands]
+    room = S32.bits - 2 - max(bits_of(v.type) for v in op.operands)
+    point = max(min(exponents), max(exponents) - room)
+    operands, last = both_operands(b, op)
+    aligned = [
+        b.shifted(value, exponent - point, S32, name=f"{op.result.name}.{side}", location=op.location)
+        for value, exponent, side in zip(operands, exponents, ("a", "b"), strict=True)
+    ]
+    factor = b.factor("add", [np.ldexp(np.float32(1), point)], b.format_of(op.result))
+    _finish(b, op, _sum(b, op, aligned, S32), factor, last, kind="add")
+
+
+def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
+    """Both operands times integer multipliers of a common shift, their sum shifted right, ties up: XNNPACK."""
+    multipliers, shift = sum_multipliers([b.scale(v) for v in op.operands], b.scale(op.result))
+    operands, last = both_operands(b, op)
+    terms = []
+    for value, multiplier, side in zip(operands, multipliers, ("a", "b"), strict=True):
+        name = f"{op.result.name}.{side}"
+        constant = b.number(multiplier, S32, name=f"{name}.multiplier")
+        terms.append(
+            b.emit(
+                FixedMul,
+                [value, constant],
+                elements=[S32],
+                overflow=Overflow.WRAP,
+                name=name,
+                location=op.location,
+            )
+        )
+    total = _sum(b, op, terms, S32, Overflow.WRAP)
+    element = b.clipped(op.result, op.clip)
+    result = b.shifted(total, -shift, element, name=b.claim(op.result), location=op.location, rounding=Rounding.HALF_UP)
+    b.result_of(op, result, last)
+
+
+def sum_multipliers(scales: Sequence[np.float32], output: np.float32) -> tuple[list[int], int]:
+    """XNNPACK's multipliers of 21 bits at most and their shift, from the float32 ratios of the scales to the output's."""
+    ratios = [np.float32(s / output) for s in scales]
+    shift = 20 - (int(np.frexp(max(abs(r) for r in ratios))[1]) - 1)
+    return [int(np.rint(np.ldexp(np.float64(r), shift))) for r in ratios], shift
+
+
+def _sum(
+    b: Lowering, op: Add | Sub, terms: list[Value], kind: IntegerType, overflow: Overflow = Overflow.SATURATE
+) -> Value:
+    return b.emit(
         FixedAdd if isinstance(op, Add) else FixedSub,
-        common,
-        elements=[integer(32)],
-        overflow=Overflow.SATURATE,
-        name=f"{name}.acc",
+        terms,
+        elements=[kind],
+        overflow=overflow,
+        name=f"{op.result.name}.acc",
         location=op.location,
     )
-    _finish(b, op, total, parameters.output, last)
 
 
 def lower_mul(b: Lowering, op: Op) -> None:
@@ -91,18 +148,18 @@ def lower_mul(b: Lowering, op: Op) -> None:
     total = b.emit(
         FixedMul,
         operands,
-        elements=[integer(32)],
+        elements=[S32 if sum(b.format_of(v).storage.bits for v in op.operands) <= S32.bits else integer(64)],
         overflow=Overflow.SATURATE,
         name=f"{op.result.name}.acc",
         location=op.location,
     )
-    _finish(b, op, total, product_multiplier(scales[0], scales[1], b.scale(op.result)), last)
+    _finish(b, op, total, b.factor("mul", scales, b.format_of(op.result)), last, kind="mul")
 
 
-def _finish(b: Lowering, op: Op, total: Value, factor: Multiplier, last: bool) -> None:
-    clip = op.clip if isinstance(op, Clipped) else None
-    element = b.clipped(op.result, clip)
-    b.result_of(op, b.requantize(total, factor, element, name=b.claim(op.result), location=op.location), last)
+def _finish(b: Lowering, op: Op, total: Value, factor: Factor, last: bool, *, kind: str) -> None:
+    element = b.clipped(op.result, op.clip if isinstance(op, Clipped) else None)
+    name = b.claim(op.result)
+    b.result_of(op, b.requantize(total, factor, element, kind=kind, name=name, location=op.location), last)
 
 
 def lower_div(b: Lowering, op: Op) -> None:
@@ -130,101 +187,8 @@ def lower_activation(b: Lowering, op: Op) -> None:
     x = op.operands[0]
     last = b.has(x, True)
     element = b.clipped(op.result, op.activation)
-    factor = rescale_multiplier(b.scale(x), b.scale(op.result))
-    result = b.requantize(b.read(x, last), factor, element, name=b.claim(op.result), location=op.location)
-    b.result_of(op, result, last)
-
-
-def _table(b: Lowering, op: Op, entries: Entries, element: AffineType | None = None) -> None:
-    """A table whose entries are a function of every operand value, saturated to the result's storage."""
-    x = op.operands[0]
-    storage, made = b.affine_of(x).storage, element or b.affine_of(op.result)
-    if storage.bits != 8:
-        raise NoIntegerForm(
-            f"its operand has {storage.bits} bits, and tables of 8-bit operands are what the target has"
-        )
-    lo = -128 if storage.signed else 0
-    values = np.clip(entries(np.arange(lo, lo + 256, dtype=np.int64)), made.storage.lo, made.storage.hi)
-    array = Array(values.astype(made.storage.dtype), f"{op.result.name}.table")
-    table = b.constant(array, TensorType(array.shape, made.storage), name=f"{op.result.name}.table")
-    last = b.has(x, True)
-    final = b.affine_of(op.result)
-    name = b.claim(op.result) if made == final else f"{op.result.name}.native"
-    result = b.emit(Table, [b.read(x, last), table], elements=[made], name=name, location=op.location)
-    result = b.converted(result, final, name=b.claim(op.result), location=op.location)
-    b.result_of(op, result, last)
-
-
-def lower_sigmoid(b: Lowering, op: Op) -> None:
-    """TensorFlow Lite's integer logistic, at scale 1/256 and zero point -128."""
-    x = op.operands[0]
-    parameters = prepare_sigmoid(b.scale(x))
-    _table(b, op, lambda q: logistic(q, b.zero(x), parameters), affine(S8, 1 / 256, -128))
-
-
-def lower_tanh(b: Lowering, op: Op) -> None:
-    """TensorFlow Lite's integer tanh, at scale 1/128 and zero point 0."""
-    x = op.operands[0]
-    parameters = prepare_sigmoid(b.scale(x))
-    _table(b, op, lambda q: tanh(q, b.zero(x), parameters), affine(S8, 1 / 128, 0))
-
-
-def lower_hard_swish(b: Lowering, op: Op) -> None:
-    """TensorFlow Lite's 16-bit hard swish."""
-    x = op.operands[0]
-    parameters = prepare_hard_swish(b.scale(x), b.scale(op.result))
-    _table(b, op, lambda q: hard_swish(q, b.zero(x), parameters, b.zero(op.result)))
-
-
-def lower_leaky_relu(b: Lowering, op: Op) -> None:
-    """TensorFlow Lite's two factors."""
-    assert isinstance(op, LeakyRelu)
-    x = op.operands[0]
-    above, below = prepare_leaky_relu(b.scale(x), op.alpha, b.scale(op.result))
-    _table(b, op, lambda q: leaky_relu(q, b.zero(x), above, below, b.zero(op.result)))
-
-
-def lower_hard_sigmoid(b: Lowering, op: Op) -> None:
-    """Qir's own rule: each entry is the function in float64 divided by the output scale, ties away from zero."""
-    assert isinstance(op, HardSigmoid)
-    x = op.operands[0]
-    scale, output = float(b.scale(x)), float(b.scale(op.result))
-
-    def entries(q: IntArray) -> IntArray:
-        real = np.clip(op.alpha * ((q - b.zero(x)) * scale) + op.beta, 0.0, 1.0)
-        return np.asarray(round_half_away(real / output) + b.zero(op.result))
-
-    _table(b, op, entries)
-
-
-def lower_prelu(b: Lowering, op: Op) -> None:
-    """TensorFlow Lite's PRelu with a quantized slope, as one table a channel."""
-    assert isinstance(op, PRelu)
-    x, slope = op.operands
-    if slope not in b.graph.constants:
-        raise NoIntegerForm("its slope is not constant")
-    if op.result.type.shape != x.type.shape:
-        raise NoIntegerForm("its slope broadcasts the operand")
-    channels = x.type.shape[1] if x.type.rank > 1 else 1
-    shape = (1,) * (x.type.rank - slope.type.rank) + slope.type.shape
-    if any(d != 1 for i, d in enumerate(shape) if i != 1) or b.affine_of(x).storage.bits != 8:
-        raise NoIntegerForm("its slope is not one value a channel of an 8-bit operand")
-    above = rescale_multiplier(b.scale(x), b.scale(op.result))
-    below = product_multiplier(b.scale(x), b.scale(slope), b.scale(op.result))
-    element, storage = b.affine_of(op.result), b.affine_of(x).storage
-    lo = -128 if storage.signed else 0
-    rows = b.integers(slope).astype(np.int64).reshape(-1, 1)
-    q = np.arange(lo, lo + 256, dtype=np.int64)[None, :]
-    values = prelu(q, b.zero(x), rows, b.zero(slope), above, below, b.zero(op.result))
-    values = np.clip(values, element.storage.lo, element.storage.hi).astype(element.storage.dtype)
-    if rows.shape[0] == 1:
-        values = values[0]
-    elif rows.shape[0] != channels:
-        raise NoIntegerForm("its slope has not one value a channel")
-    array = Array(values, f"{op.result.name}.table")
-    table = b.constant(array, TensorType(array.shape, element.storage), name=f"{op.result.name}.table")
-    last = x.type.rank > 2
-    result = b.emit(Table, [b.read(x, last), table], elements=[element], name=b.claim(op.result), location=op.location)
+    factor, name = b.factor("rescale", [b.scale(x)], element), b.claim(op.result)
+    result = b.requantize(b.read(x, last), factor, element, kind="rescale", name=name, location=op.location)
     b.result_of(op, result, last)
 
 
@@ -233,12 +197,14 @@ def lower_softmax(b: Lowering, op: Op) -> None:
     assert isinstance(op, Softmax)
     x = op.operands[0]
     rank, axis = x.type.rank, op.axis % x.type.rank
+    if b.target.functions.rule is not FunctionRule.TENSORFLOW_LITE:
+        raise NoIntegerForm("the target has no integer softmax")
     parameters = prepare_softmax(b.scale(x))
-    if b.affine_of(x).storage != S8:
+    if b.format_of(x).storage != S8:
         raise NoIntegerForm("integer softmax is defined for 8 signed bits")
     if int(x.type.shape[axis]) >= SOFTMAX_ROW_LIMIT:
         raise NoIntegerForm(f"integer softmax takes rows of fewer than {SOFTMAX_ROW_LIMIT} elements")
-    made, final = affine(S8, 1 / 256, -128), b.affine_of(op.result)
+    made, final = affine(S8, 1 / 256, -128), b.format_of(op.result)
     last = rank > 2 and axis == 1  # the channels, which stand last of themselves
     moves = axis != rank - 1 and not last
     to_end = (*(i for i in range(rank) if i != axis), axis)

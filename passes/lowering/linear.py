@@ -1,4 +1,4 @@
-"""Convolution, matrix product and mean, as TensorFlow Lite computes them."""
+"""Convolution, matrix product and mean: a sum in the target's accumulator, then its requantization."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.integer_functions import mean_multiplier, product_multiplier
+from qir.fixed_point import RequantizeForm
 from qir.ir import Op, Value
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
+from qir.ops.fixed_rescale import QuantizeRule, quantize_array
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
+from qir.passes.accumulation import sum_scale
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis, spatial_rank_4
-from qir.types import AffineType, TensorType
+from qir.passes.lowering.weight_only import lower_weight_only, uses_weights_alone
+from qir.scale_search import power_of_two_from_range
+from qir.types import AffineType, FixedPointType, TensorType, fixed_point, integer, scale_array, zero_array
 
 Scales = npt.NDArray[Any]
 
@@ -25,28 +29,34 @@ def lower_conv(b: Lowering, op: Op) -> None:
     x, weight = op.operands[0], op.operands[1]
     if weight not in b.graph.constants:
         raise NoIntegerForm("its weights are not constant")
-    b.affine_of(x)
+    b.format_of(x)
+    if uses_weights_alone(b, weight):
+        lower_weight_only(b, op)
+        return
     one_d = x.type.rank == 3
     lead = (1,) if one_d else ()
     pads = (0, op.pads[0], 0, op.pads[1]) if one_d else op.pads
     value = b.read(x, last=True)
     value = b.reshape(value, spatial_rank_4(value.type.shape))
     scales = _weight_scales(weight, 0)
-    operands = [value, _conv_weight(b, weight), *_bias(b, op, scales)]
-    total = b.emit(
+    sums = sum_scale(b.target, float(b.scale(x)), scales, op.result.range)
+    operands = [value, _conv_weight(b, weight), *_bias(b, op, sums.step)]
+    total = b.sum_of(
         Conv2d,
         operands,
+        sums.shift,
         pads=pads,
         strides=(*lead, *op.strides),
         dilations=(*lead, *op.dilations),
         groups=op.groups,
         name=f"{op.result.name}.acc",
         location=op.location,
-        **b.accumulation,
     )
     per_channel = np.broadcast_to(scales, (int(weight.type.shape[0]),))
-    factors = [product_multiplier(b.scale(x), s, b.scale(op.result)) for s in per_channel]
-    result = b.requantize(total, factors, b.clipped(op.result, op.clip), name=b.claim(op.result), location=op.location)
+    element = b.clipped(op.result, op.clip)
+    factor = b.factor("conv", [_entering(b.scale(x), sums.shift), per_channel], element)
+    name = b.claim(op.result)
+    result = b.requantize(total, factor, element, kind="conv", name=name, location=op.location)
     if one_d:
         shape = result.type.shape
         result = b.reshape(result, (shape[0], *shape[2:]))
@@ -62,51 +72,59 @@ def _conv_weight(b: Lowering, weight: Value) -> Value:
     return b.constant(array, TensorType(array.shape, weight.type.element), name=b.claim(weight))
 
 
+def _entering(scale: np.float32, shift: int) -> np.float32:
+    """The scale of an input whose products enter the sum shifted: the unit of the sum is smaller by as much."""
+    return np.float32(np.ldexp(scale, -shift))
+
+
 def _weight_scales(weight: Value, axis: int) -> Scales:
     """The scales of weights: one, or one for each index of `axis`. Raises NoIntegerForm for any other type."""
     element = weight.type.element
-    if not isinstance(element, AffineType) or element.axis not in (None, axis % weight.type.rank):
+    if not isinstance(element, AffineType | FixedPointType) or element.axis not in (None, axis % weight.type.rank):
         raise NoIntegerForm(f"%{weight.name} is not quantized per tensor or along axis {axis % weight.type.rank}")
-    return element.scale.data
+    return scale_array(element).astype(np.float32)
 
 
-def _bias(b: Lowering, op: Op, scales: Scales) -> list[Value]:
-    """The bias in the accumulator's plain integers. Raises NoIntegerForm unless it is at the products' scale."""
+def _bias(b: Lowering, op: Op, steps: Scales) -> list[Value]:
+    """The bias as plain integers of its storage. Raises NoIntegerForm unless it is at the scale of the sums, `steps`."""
     bias = op.optional_operand(2)
     if bias is None:
         return []
     if bias not in b.graph.constants:
         raise NoIntegerForm("its bias is not constant")
     element = bias.type.element
-    products = (np.float64(b.scale(op.operands[0])) * scales.astype(np.float64)).astype(np.float32)
-    if not isinstance(element, AffineType) or element.has_zero_point or np.any(element.scale.data != products):
+    if (
+        not isinstance(element, AffineType | FixedPointType)
+        or zero_array(element).any()
+        or np.any(scale_array(element).astype(np.float32) != steps.astype(np.float32))
+    ):
         raise NoIntegerForm(f"%{bias.name} is not at the scale of the input times that of the weights")
-    array = Array(b.integers(bias).astype(b.accumulator.dtype), b.graph.constants[bias].name)
-    return [b.constant(array, TensorType(array.shape, b.accumulator), name=b.claim(bias))]
+    storage = element.storage
+    array = Array(b.integers(bias).astype(storage.dtype), b.graph.constants[bias].name)
+    return [b.constant(array, TensorType(array.shape, storage), name=b.claim(bias))]
 
 
 def lower_matmul(b: Lowering, op: Op) -> None:
     """Matmul into the accumulator, then requantize. Constant right operands are weights."""
     assert isinstance(op, MatMul)
     left, right = op.operands[0], op.operands[1]
-    b.affine_of(left)
+    b.format_of(left)
+    if uses_weights_alone(b, right):
+        lower_weight_only(b, op)
+        return
     scales = _weight_scales(right, -1)
     if right in b.graph.constants:
         array = Array(np.ascontiguousarray(b.integers(right)), b.graph.constants[right].name)
         second = b.constant(array, right.type, name=b.claim(right))
     else:
         second = b.read(right)
-    total = b.emit(
-        FixedMatMul,
-        [b.read(left), second, *_bias(b, op, scales)],
-        name=f"{op.result.name}.acc",
-        location=op.location,
-        **b.accumulation,
-    )
-    pairs = [product_multiplier(b.scale(left), s, b.scale(op.result)) for s in np.atleast_1d(scales)]
-    factors = pairs if scales.ndim else pairs[0]
-    result = b.requantize(total, factors, b.clipped(op.result, op.clip), name=b.claim(op.result), location=op.location)
-    b.result_of(op, result)
+    sums = sum_scale(b.target, float(b.scale(left)), scales, op.result.range)
+    operands = [b.read(left), second, *_bias(b, op, sums.step)]
+    total = b.sum_of(FixedMatMul, operands, sums.shift, name=f"{op.result.name}.acc", location=op.location)
+    element = b.clipped(op.result, op.clip)
+    factor = b.factor("matmul", [_entering(b.scale(left), sums.shift), scales], element)
+    name = b.claim(op.result)
+    b.result_of(op, b.requantize(total, factor, element, kind="matmul", name=name, location=op.location))
 
 
 def lower_mean(b: Lowering, op: Op) -> None:
@@ -124,15 +142,52 @@ def lower_mean(b: Lowering, op: Op) -> None:
     count = int(np.prod([int(value.type.shape[a]) for a in axes], dtype=np.int64))
     if count == 0:
         raise NoIntegerForm("the mean of no elements is not defined")
+    rule = b.target.requantization.of("mean")
+    if rule.form is RequantizeForm.SHIFT:
+        _mean_by_products(b, op, value, tuple(sorted(axes)), count, last=last and op.keepdims)
+        return
+    register = b.target.accumulator.bits
     total = b.emit(
         ReduceSum,
         [value],
         axes=tuple(sorted(axes)),
         keepdims=op.keepdims,
+        accumulator=integer(register if isinstance(register, int) else 64),
+        overflow=b.target.accumulator.overflow,
+        order=b.target.accumulator.order,
         name=f"{op.result.name}.acc",
         location=op.location,
-        **b.accumulation,
     )
-    factor = mean_multiplier(b.scale(x), b.scale(op.result), count)
-    result = b.requantize(total, factor, b.affine_of(op.result), name=b.claim(op.result), location=op.location)
+    element = b.format_of(op.result)
+    factor = b.factor("mean", [b.scale(x)], element, count)
+    result = b.requantize(total, factor, element, kind="mean", name=b.claim(op.result), location=op.location)
     b.result_of(op, result, last=last and op.keepdims)
+
+
+def _mean_by_products(
+    b: Lowering, op: ReduceMean, value: Value, axes: tuple[int, ...], count: int, *, last: bool
+) -> None:
+    """A mean on a chip that rescales by shifts alone: a matrix product with weights of 1 / count."""
+    x, name, location = op.operands[0], op.result.name, op.location
+    shape = value.type.shape
+    kept = tuple(i for i in range(len(shape)) if i not in axes)
+    rows = b.transpose(value, (*kept, *axes)) if axes != tuple(range(len(kept), len(shape))) else value
+    outer = tuple(shape[i] for i in kept)
+    rows = b.reshape(rows, (*(outer if len(outer) > 1 else (*outer, 1)), count))
+    storage = b.target.weights.storage(max(b.target.weights.bits))
+    bits = storage.hi.bit_length() + storage.signed
+    exponent = power_of_two_from_range(0.0, 1.0 / count, bits, storage.signed)
+    kind = fixed_point(storage, exponent)
+    weight = quantize_array(
+        np.full((count, 1), 1.0 / count, np.float32), kind, QuantizeRule.DIVIDE, b.target.input.rounding
+    )
+    array = Array(weight.astype(storage.dtype), f"{name}.weight")
+    second = b.constant(array, TensorType(array.shape, kind), name=f"{name}.weight")
+    scale = np.asarray(np.ldexp(np.float32(1), exponent))
+    sums = sum_scale(b.target, float(b.scale(x)), scale, op.result.range)
+    total = b.sum_of(FixedMatMul, [rows, second], sums.shift, name=f"{name}.acc", location=location)
+    element = b.format_of(op.result)
+    factor = b.factor("mean", [_entering(b.scale(x), sums.shift), np.float32(scale)], element)
+    mean = b.requantize(total, factor, element, kind="mean", name=f"{name}.mean", location=location)
+    final = tuple(1 if i in axes else d for i, d in enumerate(shape)) if op.keepdims else outer
+    b.result_of(op, b.reshape(mean, final, name=b.claim(op.result)), last=last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from qir.fixed_point import Rounding
 from qir.ir import Op, Value
 from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool
 from qir.ops.fixed_rescale import QuantizeRule, quantize_array
@@ -29,7 +28,8 @@ from qir.passes.lowering.context import (
     last_axis,
     spatial_rank_4,
 )
-from qir.types import AffineType, IntegerType, is_quantized
+from qir.target import AverageRule
+from qir.types import IntegerType, is_quantized
 
 
 def in_format(b: Lowering, op: Op, value: Value) -> Value:
@@ -37,9 +37,9 @@ def in_format(b: Lowering, op: Op, value: Value) -> Value:
     if isinstance(op.result.type.element, IntegerType):
         return value
     element = value.type.element
-    if not isinstance(element, AffineType) or not is_quantized(op.result.type.element):
+    if not is_quantized(element) or not is_quantized(op.result.type.element):
         raise NoIntegerForm("its operand is not quantized")
-    final = b.affine_of(op.result)
+    final = b.format_of(op.result)
     return b.converted(value, final, name=f"{op.result.name}.in", location=op.location)
 
 
@@ -47,6 +47,9 @@ def lower_pool(b: Lowering, op: Op) -> None:
     """Max and average pooling over channels-last maps; 1-d pooling has height 1."""
     assert isinstance(op, MaxPool | AveragePool)
     x = op.operands[0]
+    if isinstance(op, AveragePool) and b.target.pooling.average is AverageRule.FLOAT32:
+        b.island(op)
+        return
     one_d = x.type.rank == 3
     if x.type.rank not in (3, 4):
         raise NoIntegerForm("pooling over more than two dimensions has no integer form")
@@ -74,7 +77,7 @@ def lower_pool(b: Lowering, op: Op) -> None:
             value = b.emit(
                 FixedPad,
                 [value],
-                elements=[b.affine_of(op.result)],
+                elements=[b.format_of(op.result)],
                 pads=(0, *reach[:2], 0, 0, *reach[2:], 0),
                 value=b.zero(op.result),
                 name=f"{op.result.name}.pad",
@@ -88,7 +91,7 @@ def lower_pool(b: Lowering, op: Op) -> None:
             strides=strides,
             pads=reach,
             dilations=dilations,
-            rounding=Rounding.HALF_AWAY,
+            rounding=b.target.pooling.rounding,
             name=b.claim(op.result),
             location=op.location,
         )
@@ -195,8 +198,8 @@ def lower_pad(b: Lowering, op: Op) -> None:
     assert isinstance(op, Pad)
     x, rank = op.operands[0], op.result.type.rank
     last = b.has(x, True)
-    element = b.affine_of(op.result)
-    value = int(quantize_array(np.asarray(op.value, np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY))
+    element = b.format_of(op.result)
+    value = int(quantize_array(np.asarray(op.value, np.float32), element, QuantizeRule.DIVIDE, b.target.input.rounding))
     order = channels_last(rank) if last else tuple(range(rank))
     pads = (*(op.pads[i] for i in order), *(op.pads[rank + i] for i in order))
     result = b.emit(

@@ -24,7 +24,7 @@ from qir.ops.float_elementwise import (
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ArgMax, AveragePool, MaxPool, ReduceMean, Softmax
 from qir.ops.movement import Concat, Gather, Pad, Reshape, Slice, Transpose
-from qir.passes.lowering import elementwise, linear, movement
+from qir.passes.lowering import elementwise, linear, movement, tables
 from qir.passes.lowering.context import Rule
 
 RULES: Final[Mapping[type[Op], Rule]] = MappingProxyType(
@@ -38,12 +38,12 @@ RULES: Final[Mapping[type[Op], Rule]] = MappingProxyType(
         Div: elementwise.lower_div,
         Relu: elementwise.lower_activation,
         Clip: elementwise.lower_activation,
-        Sigmoid: elementwise.lower_sigmoid,
-        Tanh: elementwise.lower_tanh,
-        HardSwish: elementwise.lower_hard_swish,
-        HardSigmoid: elementwise.lower_hard_sigmoid,
-        LeakyRelu: elementwise.lower_leaky_relu,
-        PRelu: elementwise.lower_prelu,
+        Sigmoid: tables.lower_function,
+        Tanh: tables.lower_function,
+        HardSwish: tables.lower_function,
+        HardSigmoid: tables.lower_function,
+        LeakyRelu: tables.lower_function,
+        PRelu: tables.lower_function,
         Softmax: elementwise.lower_softmax,
         ArgMax: elementwise.lower_argmax,
         MaxPool: movement.lower_pool,

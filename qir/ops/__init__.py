@@ -6,6 +6,7 @@ from typing import Final
 
 from qir.ir import Op
 from qir.ops.constant import Const
+from qir.ops.dequantize_blocks import DequantizeBlocks
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
@@ -33,6 +34,7 @@ FIXED_OPS: Final[tuple[type[Op], ...]] = (
     Requantize,
     Quantize,
     Dequantize,
+    DequantizeBlocks,
     FixedAdd,
     FixedSub,
     FixedMul,

@@ -47,8 +47,8 @@ class Accumulating(Op):
     """Base of ops that sum into an accumulator, step by step: `acc = narrow(acc + p * 2**product_shift)`.
 
     `overflow` says what each step does when the sum leaves `accumulator`; `none` claims a proof that it never does.
-    A negative `product_shift` drops fraction bits: the sum is rounded by `rounding` at each step, as an assignment to an
-    ap_fixed accumulator does. Where there is a type `product`, the shifted product is rounded and narrowed to it by
+    A negative `product_shift` drops fraction bits: the sum is rounded by `rounding` at each step, as an assignment to
+    an ap_fixed accumulator does. Where there is a type `product`, the shifted product is rounded and narrowed to it by
     `product_overflow` before it is added, as L_mult of ITU-T G.191 does (`product_shift=1, product=s32`), and the sum
     then needs no rounding.
     `partial` is a proof: an interval that holds every partial sum in `order`, the initial 0 and the result included.

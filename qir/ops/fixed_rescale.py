@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.errors import QirError
-from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize, round_half_away
+from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre, integer_operands
@@ -168,11 +168,9 @@ class Quantize(Op):
         return (self.operands[0].type.shape,)
 
     def check(self) -> Iterator[str]:
-        """Reals in, quantized integers out, in a rounding that the border has."""
+        """Reals in, quantized integers out."""
         if not isinstance(self.operands[0].type.element, FloatType) or not is_quantized(self.result.type.element):
             yield "quantize takes reals and gives a quantized type"
-        if self.rounding not in (Rounding.HALF_EVEN, Rounding.HALF_AWAY):
-            yield "quantize rounds half_even or half_away"
         if self.overflow is not Overflow.SATURATE:
             yield "reals have no proved bounds, so quantize saturates"
         yield from _wide(self.result)
@@ -199,10 +197,30 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
     scale, zero = along_axis(element, x.ndim)
     with np.errstate(over="ignore"):
         scaled = x / scale if rule is QuantizeRule.DIVIDE else x * (np.float32(1) / scale)
+    return np.asarray(np.clip(quantize_reals(scaled, rounding) + zero, storage.lo, storage.hi))
+
+
+def quantize_reals(scaled: Tensor, rounding: Rounding) -> npt.NDArray[np.int64]:
+    """float32 reals as int64 integers within +-2^62, in any rounding; NaN becomes 0."""
     limit = np.float32(2.0**62)
     scaled = np.clip(np.where(np.isnan(scaled), np.float32(0), scaled), -limit, limit)
-    rounded = np.rint(scaled).astype(np.int64) if rounding is Rounding.HALF_EVEN else round_half_away(scaled)
-    return np.asarray(np.clip(np.asarray(rounded) + zero, storage.lo, storage.hi))
+    floor = np.floor(scaled)
+    rest, negative, odd = scaled - floor, floor < 0, np.mod(floor, 2) == 1  # each is exact in float32
+    match rounding:
+        case Rounding.FLOOR:
+            up = np.zeros_like(negative)
+        case Rounding.TOWARD_ZERO:
+            up = negative & (rest != 0)
+        case _:
+            at_tie = {
+                Rounding.HALF_UP: True,
+                Rounding.HALF_DOWN: False,
+                Rounding.HALF_AWAY: ~negative,
+                Rounding.HALF_TOWARD_ZERO: negative,
+                Rounding.HALF_EVEN: odd,
+            }[rounding]
+            up = (rest > 0.5) | ((rest == 0.5) & at_tie)
+    return np.asarray(floor.astype(np.int64) + up, np.int64)
 
 
 def quantize_input(graph: Graph, value: Value, array: Tensor) -> Tensor:
@@ -220,9 +238,7 @@ def quantize_input(graph: Graph, value: Value, array: Tensor) -> Tensor:
             Rounding(str(graph.attributes["input_rounding"])),
         )
     except (KeyError, ValueError):
-        raise QirError(
-            f"graph @{graph.name} must state input_rule=divide|reciprocal and input_rounding=half_even|half_away"
-        ) from None
+        raise QirError(f"graph @{graph.name} must state input_rule=divide|reciprocal and an input_rounding") from None
     element = value.type.element
     assert isinstance(element, AffineType | FixedPointType)
     return quantize_array(array.astype(np.float32), element, rule, rounding).astype(element.storage.dtype)

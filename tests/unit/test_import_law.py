@@ -19,7 +19,7 @@ LAYERS = (
     ("opdef",),
     ("ops",),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "serialization"),
-    ("target", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
+    ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
     ("passes", "backends"),
     ("program", "compiler"),
     ("__init__", "testing"),

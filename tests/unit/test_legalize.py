@@ -200,7 +200,7 @@ REASONS = {
     "axis of the weights": "not quantized per tensor or along axis 1",
     "row": "fewer than 4096",
     "hard swish": "2\\^-9 to 128 times",
-    "width": "at most 8 bits",
+    "width": "must fit 32 bits",
 }
 
 
