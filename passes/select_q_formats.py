@@ -216,7 +216,7 @@ def _weight_types(
 def _weight_format(
     op: Op, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
 ) -> QuantizedType:
-    """The format of constant weights. Scales for weights alone, block by block, are legalize's: here is one a channel."""
+    """The format of constant weights. Of weights alone it is one scale a channel: legalize makes those of blocks."""
     contract, storage = target.weights, _storage(weight)
     axis = 0 if isinstance(op, Conv) else data.data.ndim - 1
     granularity = contract.conv if isinstance(op, Conv) else contract.matmul

@@ -1,9 +1,9 @@
 """Compiled loops of sums whose every step counts: products one by one, in order, each sum narrowed before the next.
 
-Geometry as in `linear_loops.contract`: output pixels `p` in [first, last) count over images, rows and columns; image `i`
-reads the flat `x` from `starts[i]` and takes the weights `weights[which[i] * groups + g]`, [K, O]. `places` and `zeros`
-[K] say where the terms lie and what is taken from each; terms come in their order, row `k` of the weights with
-place `k`. `bias` is added to the initial value where `bias_first`, else to the end.
+Geometry as in `linear_loops.contract`: output pixels `p` in [first, last) count over images, rows and columns; image
+`i` reads the flat `x` from `starts[i]` and takes the weights `weights[which[i] * groups + g]`, [K, O]. `places` [K] and
+`zeros` [groups, K] say where the terms lie and what is taken from each; terms come in their order, row `k` of the
+weights with place `k`. `bias` is added to the initial value where `bias_first`, else to the end.
 """
 
 from __future__ import annotations
@@ -105,10 +105,11 @@ def accumulate_stepwise(
     first: int,
     last: int,
 ) -> None:
-    """The general step, in int64: shift, round and narrow the product, add, round and narrow the sum.
+    """The general step, in int64: round and narrow the product, add, round and narrow the sum.
 
-    `shifts` are the bits that rounding drops of products and of sums; `ties` is a row of `rescale.TIES`. `narrowings` holds mode, low, high, mask and sign of products, then of sums: mode 0 clamps to
-    [low, high], 1 keeps the bits of `mask` read with `sign`, 2 makes what leaves [low, high] zero.
+    `shifts` are the bits that rounding drops of products and of sums; `ties` is a row of `rescale.TIES`. `narrowings`
+    holds mode, low, high, mask and sign of products, then of sums: mode 0 clamps to [low, high], 1 keeps the bits of
+    `mask` read with `sign`, 2 makes what leaves [low, high] zero.
     """
     above, tie, tie_positive, tie_negative, tie_odd, negative = ties[0], ties[1], ties[2], ties[3], ties[4], ties[5]
     outputs = weights.shape[2]

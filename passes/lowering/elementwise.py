@@ -122,7 +122,7 @@ def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
 
 
 def sum_multipliers(scales: Sequence[np.float32], output: np.float32) -> tuple[list[int], int]:
-    """XNNPACK's multipliers of 21 bits at most and their shift, from the float32 ratios of the scales to the output's."""
+    """XNNPACK's multipliers of at most 21 bits and their shift, from the float32 ratios of both scales to the output's."""
     ratios = [np.float32(s / output) for s in scales]
     shift = 20 - (int(np.frexp(max(abs(r) for r in ratios))[1]) - 1)
     return [int(np.rint(np.ldexp(np.float64(r), shift))) for r in ratios], shift

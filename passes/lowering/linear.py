@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_rescale import QuantizeRule, quantize_array
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
-from qir.passes.accumulation import sum_scale
+from qir.passes.accumulation import least_weight_scale, sum_scale
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis, spatial_rank_4
 from qir.passes.lowering.weight_only import lower_weight_only, uses_weights_alone
 from qir.scale_search import power_of_two_from_range
@@ -86,7 +87,7 @@ def _weight_scales(weight: Value, axis: int) -> Scales:
 
 
 def _bias(b: Lowering, op: Op, steps: Scales) -> list[Value]:
-    """The bias as plain integers of its storage. Raises NoIntegerForm unless it is at the scale of the sums, `steps`."""
+    """The bias as plain integers of its storage. Raises NoIntegerForm unless it is at the sums' scale, `steps`."""
     bias = op.optional_operand(2)
     if bias is None:
         return []
@@ -176,7 +177,10 @@ def _mean_by_products(
     rows = b.reshape(rows, (*(outer if len(outer) > 1 else (*outer, 1)), count))
     storage = b.target.weights.storage(max(b.target.weights.bits))
     bits = storage.hi.bit_length() + storage.signed
+    whole = float(b.scale(x)) * float(b.format_of(x).storage.hi)  # no mean is larger, and every sum of it must fit
+    least = float(least_weight_scale(b.target, float(b.scale(x)), whole))
     exponent = power_of_two_from_range(0.0, 1.0 / count, bits, storage.signed)
+    exponent = max(exponent, math.ceil(math.log2(least)))
     kind = fixed_point(storage, exponent)
     weight = quantize_array(
         np.full((count, 1), 1.0 / count, np.float32), kind, QuantizeRule.DIVIDE, b.target.input.rounding
