@@ -25,7 +25,7 @@ from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax, Poo
 from qir.ops.fixed_rescale import QuantizeRule, Requantize, quantize_array
 from qir.ops.float_elementwise import HardSwish, LeakyRelu, PRelu, Sigmoid, Tanh
 from qir.ops.movement import FixedConcat, FixedGather, FixedPad, FixedReshape, FixedSlice, FixedTranspose
-from qir.types import AffineType, IntegerType, storage_of
+from qir.types import AffineType, IntegerType, container_bounds, storage_of
 
 Array = npt.NDArray[Any]
 
@@ -99,19 +99,21 @@ class _Writer:
         return self.tensors[value]
 
     def tensor(self, name: str, shape: Sequence[int], like: Value, data: Array | None = None) -> int:
-        """A tensor in the per-tensor int8 format of `like`, or of int32 where that holds indices."""
+        """A tensor in the per-tensor format of `like`, int8 or int16, or of int32 where that holds indices."""
         element = like.type.element
         if isinstance(element, IntegerType):
             return self.model.tensor(name, shape, np.int32, data=data)
         scale, zero = self.format(like)
-        return self.model.tensor(name, shape, np.int8, scale, zero, data=data)
+        return self.model.tensor(name, shape, element.storage.dtype, scale, zero, data=data)
 
     def format(self, value: Value) -> tuple[float, int]:
-        """Scale and zero point of an int8 value."""
+        """Scale and zero point of an int8 or int16 value."""
         element = value.type.element
         storage = storage_of(element)
-        if not isinstance(element, AffineType) or element.axis is not None or storage is None or storage.dtype != "i1":
-            raise NotTflite(f"%{value.name} is not int8 with one scale: {value.type}")
+        if not isinstance(element, AffineType) or element.axis is not None or storage is None:
+            raise NotTflite(f"%{value.name} is not quantized with one scale: {value.type}")
+        if storage.dtype not in ("i1", "i2"):
+            raise NotTflite(f"%{value.name} is neither int8 nor int16: {value.type}")
         return float(element.scale.data), int(element.zero_point.data)
 
     def integers(self, name: str, data: npt.ArrayLike) -> int:
@@ -125,8 +127,9 @@ class _Writer:
         storage = storage_of(value.type.element)
         assert storage is not None
         for name, (lo, hi) in _FUSED.items():
-            low = -128 if lo is None else max(-128, quantized_bound(lo, scale, zero))
-            high = 127 if hi is None else min(127, quantized_bound(hi, scale, zero))
+            least, greatest = container_bounds(storage.bits, storage.signed)
+            low = least if lo is None else max(least, quantized_bound(lo, scale, zero))
+            high = greatest if hi is None else min(greatest, quantized_bound(hi, scale, zero))
             if (low, high) == (storage.lo, storage.hi):
                 return name
         raise NotTflite(f"%{value.name} is clamped to [{storage.lo}, {storage.hi}], which no fused activation does")
@@ -218,8 +221,13 @@ class _Writer:
         if bias is None:
             return tensors  # an input of -1, as the schema has it, crashes the runtime in DEPTHWISE_CONV_2D
         products = (np.float64(self.format(x)[0]) * scales.astype(np.float64)).astype(np.float32)
-        integers = self.constant(bias).astype(np.int32)
-        return [*tensors, self.model.tensor(bias.name, integers.shape, np.int32, products, 0, 0, integers)]
+        storage = storage_of(x.type.element)
+        assert storage is not None
+        wide = (
+            np.int32 if storage.bits == 8 else np.int64
+        )  # with 16-bit operands the sum is of 64 bits, and the bias too
+        integers = self.constant(bias).astype(wide)
+        return [*tensors, self.model.tensor(bias.name, integers.shape, wide, products, 0, 0, integers)]
 
     def matmul(self, source: Op, op: Op) -> None:
         assert isinstance(source, FixedMatMul)

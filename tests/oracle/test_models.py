@@ -15,11 +15,14 @@ from qir.interpreter import trace
 from qir.pass_manager import integer_feeds
 
 NAMES = sorted(PATHS)
+#: The targets whose whole arithmetic is that of TensorFlow Lite Micro.
+TARGETS = ("arm-neon", "arm-neon-symmetric", "arm-neon-16x8", "cortex-m")
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_output_bit_is_that_of_tensorflow_lite_micro(name: str) -> None:
-    model = compiled(name)
+def test_every_output_bit_is_that_of_tensorflow_lite_micro(name: str, target: str) -> None:
+    model = compiled(name, target)
     x, _ = labelled_images()
     feeds = integer_feeds(model.program.graph, {"x": x[:1000]})
     ours = model.program.run_integer(feeds)["logits"]
