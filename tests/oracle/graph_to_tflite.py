@@ -252,11 +252,12 @@ class _Writer:
         self.model.operator("MEAN", operands, [self.plain(op)], keep_dims=source.keepdims)
 
     def arithmetic(self, source: Op, op: Op) -> None:
-        """ADD and SUB read what stands before the requantize of each operand to the common scale."""
+        """ADD and SUB read what stands before the requantize of each operand to the common scale, or its multiplier."""
         operands = list(source.operands)
         if not isinstance(source, FixedMul):
             makers = [self.graph.producers.get(v) for v in operands]
-            if not all(isinstance(m, Requantize) and m.input_shift for m in makers):
+            scaled = all(isinstance(m, FixedMul) and m.operands[1].type.rank == 0 for m in makers)
+            if not scaled and not all(isinstance(m, Requantize) and m.input_shift for m in makers):
                 raise NotTflite(f"{source.describe()} does not add on a common scale")
             operands = [m.operands[0] for m in makers if m is not None]
         kind = "MUL" if isinstance(source, FixedMul) else "ADD" if isinstance(source, FixedAdd) else "SUB"

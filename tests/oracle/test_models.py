@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from models import PATHS, compiled, labelled_images
 from oracle.graph_to_tflite import graph_to_tflite
+from oracle.litert import Kernels, run_litert
 from oracle.tflite_writer import MicroRuntime
 
 from qir.interpreter import trace
@@ -28,6 +29,18 @@ def test_every_output_bit_is_that_of_tensorflow_lite_micro(name: str, target: st
     ours = model.program.run_integer(feeds)["logits"]
     runtime = MicroRuntime(graph_to_tflite(model.program.graph, model.typed))
     theirs = np.concatenate([runtime.run(image[None])[0] for image in feeds["x"]])
+    assert ours.shape == theirs.shape == (1000, 10)
+    assert int((ours != theirs).sum()) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_output_bit_is_that_of_xnnpack(name: str) -> None:
+    """XNNPACK as LiteRT runs it on this host; the zero points are such that its means round as the contract does."""
+    model = compiled(name, "arm-neon-xnnpack")
+    feeds = integer_feeds(model.program.graph, {"x": labelled_images()[0][:1000]})
+    ours = model.program.run_integer(feeds)["logits"]
+    file = graph_to_tflite(model.program.graph, model.typed, batch=1000)
+    theirs = run_litert(file, feeds["x"], kernels=Kernels.XNNPACK)
     assert ours.shape == theirs.shape == (1000, 10)
     assert int((ours != theirs).sum()) == 0
 
