@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from qir.errors import PassError
 from qir.fixed_point import FixedPointError
-from qir.ir import Graph, Op, Stage
+from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
 from qir.pass_manager import Pass, PassContext
 from qir.passes.lowering.context import Lowering, NoIntegerForm
@@ -30,34 +31,52 @@ class Legalize(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The integer graph, without proved ranges yet."""
-        target = context.need_target(self.name)
-        lowering = Lowering(graph, target)
-        for value in graph.inputs:
-            lowering.define(value, lowering.keep_input(value, range=None))
-        islands: list[str] = []
-        for op in graph.ops:
-            if isinstance(op, Const):
-                lowering.claim(op.result)
-            else:
-                reason = _lower(lowering, op, target)
-                islands += [reason] if reason else []
-        outputs = tuple(lowering.read(v) for v in graph.outputs)
-        border = {"input_rule": str(target.input.rule), "input_rounding": str(target.input.rounding)}
-        fixed = Graph(
-            graph.name,
-            Stage.FIXED,
-            tuple(lowering.inputs),
-            tuple(lowering.ops),
-            outputs,
-            graph.output_names,
-            target.name,
-            {**graph.attributes, **border},
-        )
-        fixed = fixed.with_changes(ops=tuple(live_ops(fixed)))
-        context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {len(islands)} float islands")
-        for reason in islands:
+        lowered = lower(graph, context.need_target(self.name))
+        fixed = lowered.graph.with_changes(ops=tuple(live_ops(lowered.graph)))
+        context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {len(lowered.islands)} float islands")
+        for reason in lowered.islands:
             context.note(reason)
         return fixed
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """The integer graph, ops that nothing reads included, and what in it stands for the values of the typed graph.
+
+    `layouts` maps an old value, in ONNX's layout (False) or with channels last (True), to its new one; the layout that
+    its rule made comes first. `islands` says of each op that stayed in floating point why.
+    """
+
+    graph: Graph
+    layouts: Mapping[tuple[Value, bool], Value]
+    islands: tuple[str, ...]
+
+
+def lower(graph: Graph, target: Target) -> Lowered:
+    """Lower every op of a typed graph. Raises PassError for one without an integer form that may not be an island."""
+    lowering = Lowering(graph, target)
+    for value in graph.inputs:
+        lowering.define(value, lowering.keep_input(value, range=None))
+    islands: list[str] = []
+    for op in graph.ops:
+        if isinstance(op, Const):
+            lowering.claim(op.result)
+        else:
+            reason = _lower(lowering, op, target)
+            islands += [reason] if reason else []
+    outputs = tuple(lowering.read(v) for v in graph.outputs)
+    border = {"input_rule": str(target.input.rule), "input_rounding": str(target.input.rounding)}
+    fixed = Graph(
+        graph.name,
+        Stage.FIXED,
+        tuple(lowering.inputs),
+        tuple(lowering.ops),
+        outputs,
+        graph.output_names,
+        target.name,
+        {**graph.attributes, **border},
+    )
+    return Lowered(fixed, lowering.layouts, tuple(islands))
 
 
 def _lower(lowering: Lowering, op: Op, target: Target) -> str:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--passes", metavar="STR", help='pipeline to run, such as "a,b{option=1}" (default: the full one)'
     )
+    make.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=_override,
+        metavar="PATTERN:BITS",
+        help="widths for ops whose results or locations match: fc*:8, or fc*:w4 for weights alone, fc*:a16 for results; "
+        "repeatable, the last match counts",
+    )
     make.add_argument("--dump-ir", metavar="DIR", help="folder to write the graph to after every pass")
     _add_input_options(make)
 
@@ -112,6 +122,13 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT=SHAPE",
         help="shape of an input that an ONNX model leaves open, such as x=1x3x48x192 or x=Nx3x48x192; repeatable",
     )
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, _, bits = text.rpartition(":")
+    if not pattern or not bits:
+        raise argparse.ArgumentTypeError(f"expected PATTERN:BITS such as fc*:8 or fc*:w4, found {text!r}")
+    return pattern, bits
 
 
 def _shape(text: str) -> tuple[str, list[int | str]]:
@@ -168,6 +185,7 @@ def _compile(arguments: argparse.Namespace) -> None:
             arguments.target,
             calibration,
             pipeline=arguments.passes,
+            overrides=dict(arguments.override),
             instruments=instruments,
             progress=progress,
         )
@@ -249,13 +267,13 @@ def _checked(graph: Graph) -> str:
     modes = [getattr(op, "overflow", None) for op in graph.ops]
     stated = sum(v.range is not None for v in graph.values() if v in proof.bounds)
     sums = sum(getattr(op, "partial", None) is not None for op in graph.ops)
-    islands = sum(op.is_float and op.mnemonic != "const" for op in graph.ops)
+    islands = Counter(op.island_mark for op in graph.ops if op.island_mark)
     fields += [
         ("ranges", f"{stated} of {len(proof.bounds)} integer values state one, all proved"),
         ("partial sums", f"{sums} stated, all proved"),
         ("overflow", f"{modes.count(Overflow.NONE)} ops proved free of it"),
         ("", f"{modes.count(Overflow.SATURATE)} saturate, {modes.count(Overflow.WRAP)} wrap"),
-        ("float islands", str(islands)),
+        ("float islands", f"{islands.total()}, {islands['island tolerance']} of them with a tolerance"),
     ]
     fields += [("warning", f"{d.place}: {d.message}") for d in proof.diagnostics]
     return fields_text(fields)

@@ -26,7 +26,7 @@ def compile(
     calibration: Iterable[Feeds] | Calibration | None = None,
     *,
     pipeline: Pipeline | str | None = None,
-    overrides: Mapping[str, int] | None = None,
+    overrides: Mapping[str, int | str] | None = None,
     instruments: Sequence[Instrument] = (),
     progress: Progress = no_progress,
 ) -> Program:
@@ -34,8 +34,9 @@ def compile(
 
     `calibration` is any iterable of feeds, each a mapping of input names to float32 arrays, or what was observed of
     them before (`qir.observe`). `pipeline` replaces the default one and may be a string. `overrides` gives bit widths
-    of their own to ops: pattern of a result's name or a location -> bits, the last match counts. The graph is verified
-    before the first pass and after each; `instruments` then see every pass. Nothing that is passed in is changed.
+    of their own to ops: pattern of a result's name or a location -> bits, or `"w4"` for weights alone and `"a16"` for
+    results; the last match counts. The graph is verified before the first pass and after each; `instruments` then see
+    every pass. Nothing that is passed in is changed.
 
     Raises a QirError: ImportModelError, TargetError, CalibrationError or VerifyError for what is passed in, and
     PassError, which names the pass and those done and keeps the last good graph, for what fails on the way.
@@ -66,7 +67,7 @@ def _pipeline(given: Pipeline | str | None) -> Pipeline:
     return parse_pipeline(given) if isinstance(given, str) else given
 
 
-def _with_overrides(pipeline: Pipeline, overrides: Mapping[str, int]) -> Pipeline:
+def _with_overrides(pipeline: Pipeline, overrides: Mapping[str, int | str]) -> Pipeline:
     """The pipeline whose assign-bit-widths also knows these. Raises PassError where the pipeline has no such pass."""
     if not overrides:
         return pipeline

@@ -61,11 +61,14 @@ class Op:
     """A node. A subclass is one op of the language and declares its attributes as dataclass fields.
 
     `operand_names` lists the operands; a trailing `name?` is optional and a sole `name*` takes any number.
+    `has_tolerance` marks float ops whose last bits are the host's, because they sum in an order of its own or call its
+    mathematical functions; the results of the others are defined to the bit by IEEE 754.
     """
 
     mnemonic: ClassVar[str] = ""
     stages: ClassVar[frozenset[Stage]] = frozenset()
     operand_names: ClassVar[tuple[str, ...]] = ("input",)
+    has_tolerance: ClassVar[bool] = False
     _kinds: ClassVar[Mapping[str, Any]]
 
     operands: tuple[Value, ...] = ()
@@ -90,6 +93,13 @@ class Op:
     def is_float(self) -> bool:
         """Whether the op computes on reals; at stage `fixed` such an op is an island."""
         return Stage.FLOAT in self.stages
+
+    @property
+    def island_mark(self) -> str:
+        """What the text of stage `fixed` says of an op that stays in floating point; empty for all others."""
+        if not self.is_float or self.mnemonic == "const":
+            return ""
+        return "island tolerance" if self.has_tolerance else "island"
 
     @classmethod
     def attribute_names(cls) -> tuple[str, ...]:

@@ -210,7 +210,7 @@ class _Parser:
         self.expect("{")
         ops: list[Op] = []
         while not self.peek("return"):
-            ops.append(self.op())
+            ops.append(self.op(stage))
         self.expect("return")
         outputs = self.listed(self.output, "}")
         if self.token.kind != "end" and not self.peek("resources"):
@@ -261,7 +261,7 @@ class _Parser:
 
     # Ops
 
-    def op(self) -> Op:
+    def op(self, stage: Stage) -> Op:
         first = self.token
         result_tokens: list[tuple[str, Token]] = []
         while True:
@@ -289,16 +289,23 @@ class _Parser:
         if "partial" in op_class.attribute_names() and self.accept("partial"):
             self.expect("in")
             attributes["partial"] = self.interval()
+        mark, at_mark = "", self.token
+        if self.accept("island"):
+            mark = "island tolerance" if self.accept("tolerance") else "island"
         location = ""
         if self.accept("loc"):
             self.expect("(")
             string = self.take("string", "a location in quotes")
             location = self.unquote(string.text, string)
             self.expect(")")
-        return self.guarded(
+        made: Op = self.guarded(
             first,
             lambda: op_class(operands=tuple(operands), results=tuple(results), location=location, **attributes),
         )
+        due = made.island_mark if stage is Stage.FIXED else ""
+        if mark != due:
+            self.fail(f"{op_class.mnemonic} must be marked {due!r} here" if due else "this op is no island", at_mark)
+        return made
 
     def attributes(self, op_class: type[Op]) -> dict[str, Any]:
         kinds = {name: kind for name, kind in attribute_kinds(op_class).items() if name != "partial"}

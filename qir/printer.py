@@ -17,7 +17,7 @@ import numpy as np
 from qir.arrays import Array
 from qir.errors import QirError
 from qir.interval import Interval
-from qir.ir import Graph, Op, Value
+from qir.ir import Graph, Op, Stage, Value
 from qir.types import (
     ElementType,
     FixedPointType,
@@ -92,7 +92,7 @@ def _graph_lines(graph: Graph, names: ResourceNames) -> list[str]:
         header += f" {_braced((k, value_text(v, names)) for k, v in graph.attributes.items())}"
     inputs = ", ".join(f"%{identifier(v.name)}: {_typed(v, names)}" for v in graph.inputs)
     lines = [f"{header} ({inputs}) {{"]
-    lines += [f"  {op_text(op, names)}" for op in graph.ops]
+    lines += [f"  {op_text(op, names, graph.stage)}" for op in graph.ops]
     returned = ", ".join(
         f"%{identifier(v.name)}" + (f" as {quote(n)}" if n != v.name else "")
         for v, n in zip(graph.outputs, graph.output_names, strict=True)
@@ -100,8 +100,8 @@ def _graph_lines(graph: Graph, names: ResourceNames) -> list[str]:
     return [*lines, f"  return {returned}".rstrip(), "}"]
 
 
-def op_text(op: Op, names: ResourceNames | None = None) -> str:
-    """One op on one line."""
+def op_text(op: Op, names: ResourceNames | None = None, stage: Stage | None = None) -> str:
+    """One op on one line; at stage `fixed`, a float op with the mark of an island."""
     names = names or ResourceNames()
     results = ", ".join(f"%{identifier(r.name)}" for r in op.results)
     text = f"{results} = {op.mnemonic}"
@@ -115,6 +115,8 @@ def op_text(op: Op, names: ResourceNames | None = None) -> str:
     partial = getattr(op, "partial", None)
     if partial is not None:
         text += f" partial in {interval_text(partial)}"
+    if stage is Stage.FIXED and op.island_mark:
+        text += f" {op.island_mark}"
     if op.location:
         text += f" loc({quote(op.location)})"
     return text

@@ -148,6 +148,11 @@ class Weights(Operand):
     conv: Granularity = Granularity.PER_CHANNEL
     matmul: Granularity = Granularity.PER_TENSOR
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.signed and self.scheme is Scheme.SYMMETRIC:
+            raise ContractError("scheme", "unsigned weights need a zero point; use scheme = affine")
+
 
 @dataclass(frozen=True)
 class Product:
@@ -396,9 +401,9 @@ class Target:
                 yield ContractError(f"requantization.{key}form", "shift needs power_of_two scales")
         if self.addition.rule is SumRule.BINARY_POINT and not powers:
             yield ContractError("addition.rule", "binary_point needs power_of_two scales")
-        shifts = self.requantization.of("add").form is RequantizeForm.SHIFT
-        if shifts and self.addition.rule in (SumRule.COMMON_SCALE, SumRule.MULTIPLIERS):
-            yield ContractError("addition.rule", f"{self.addition.rule} rescales by multipliers, not by the form shift")
+        form = self.requantization.of("add").form
+        if self.addition.rule is SumRule.COMMON_SCALE and form in (RequantizeForm.SHIFT, *_FLOAT_FORMS):
+            yield ContractError("addition.rule", f"common_scale rescales by integer multipliers, not by {form}")
         if self.accumulator.rounding is not None and not powers:
             yield ContractError("accumulator.rounding", "only power_of_two scales have fraction bits to round")
         if self.product.bits is Width.ACCUMULATOR and self.accumulator.rounding is None and powers:

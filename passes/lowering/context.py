@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -79,6 +80,11 @@ class Lowering(Rewriter):
     def define(self, old: Value, new: Value, last: bool = False) -> None:
         """`new` stands for `old`, with channels last where so stated."""
         self._layouts[old, last] = new
+
+    @property
+    def layouts(self) -> Mapping[tuple[Value, bool], Value]:
+        """What stands for each old value, with channels last or not: first the layout that was defined first."""
+        return MappingProxyType(self._layouts)
 
     def has(self, old: Value, last: bool) -> bool:
         """Whether the old value is there in this layout without another transpose."""

@@ -12,7 +12,6 @@ import numpy as np
 from qir.fixed_point import Overflow, Rounding, quantize_multiplier
 from qir.integer_functions import SOFTMAX_ROW_LIMIT, prepare_add, prepare_softmax
 from qir.ir import Op, Value
-from qir.ops.accumulate import bits_of
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub
 from qir.ops.fixed_pool import FixedSoftmax
 from qir.ops.float_base import Clipped
@@ -83,18 +82,22 @@ def _add_on_common_scale(b: Lowering, op: Add | Sub) -> None:
 def _add_on_binary_point(b: Lowering, op: Add | Sub) -> None:
     """Both operands at the finer binary point, their exact sum rescaled: Q formats.
 
-    Where points lie so far apart that the coarser operand would leave 32 bits, the finer one is rounded.
+    In 32 bits, or in 64 where the target's own width is free. Where points lie so far apart that the coarser operand
+    would leave them, the finer one is rounded.
     """
     exponents = [int(np.frexp(b.scale(v))[1]) - 1 for v in op.operands]
-    room = S32.bits - 2 - max(bits_of(v.type) for v in op.operands)
+    widest = max(b.format_of(v).storage.bits for v in op.operands) + 1  # a bit is for the sum
+    fits = widest + max(exponents) - min(exponents) <= S32.bits
+    kind = S32 if fits or isinstance(b.target.accumulator.bits, int) else integer(64)
+    room = kind.bits - widest
     point = max(min(exponents), max(exponents) - room)
     operands, last = both_operands(b, op)
     aligned = [
-        b.shifted(value, exponent - point, S32, name=f"{op.result.name}.{side}", location=op.location)
+        b.shifted(value, exponent - point, kind, name=f"{op.result.name}.{side}", location=op.location)
         for value, exponent, side in zip(operands, exponents, ("a", "b"), strict=True)
     ]
     factor = b.factor("add", [np.ldexp(np.float32(1), point)], b.format_of(op.result))
-    _finish(b, op, _sum(b, op, aligned, S32), factor, last, kind="add")
+    _finish(b, op, _sum(b, op, aligned, kind), factor, last, kind="add")
 
 
 def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
@@ -122,7 +125,7 @@ def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
 
 
 def sum_multipliers(scales: Sequence[np.float32], output: np.float32) -> tuple[list[int], int]:
-    """XNNPACK's multipliers of at most 21 bits and their shift, from the float32 ratios of both scales to the output's."""
+    """XNNPACK's multipliers of at most 21 bits and their shift, from the float32 ratios of scales to the output's."""
     ratios = [np.float32(s / output) for s in scales]
     shift = 20 - (int(np.frexp(max(abs(r) for r in ratios))[1]) - 1)
     return [int(np.rint(np.ldexp(np.float64(r), shift))) for r in ratios], shift

@@ -225,6 +225,7 @@ class Sigmoid(_Unary):
     """`1 / (1 + exp(-x))`."""
 
     mnemonic = "Sigmoid"
+    has_tolerance = True
 
     def real_range(self, operands: Sequence[Interval]) -> Ranges:
         """[0, 1]."""
@@ -241,6 +242,7 @@ class Tanh(_Unary):
     """The hyperbolic tangent."""
 
     mnemonic = "Tanh"
+    has_tolerance = True
 
     def real_range(self, operands: Sequence[Interval]) -> Ranges:
         """[-1, 1]."""

@@ -21,6 +21,7 @@ class Conv(Clipped, Windowed):
     """Convolution, 1-d or 2-d: input [N, C, spatial], weight [M, C/groups, kernel], bias [M]."""
 
     mnemonic = "Conv"
+    has_tolerance = True
     operand_names = ("input", "weight", "bias?")
     groups: int
 
@@ -92,6 +93,7 @@ class MatMul(Clipped):
     """NumPy's matrix product of operands of rank 2 and more, plus a bias [columns]."""
 
     mnemonic = "MatMul"
+    has_tolerance = True
     operand_names = ("a", "b", "bias?")
 
     def infer(self) -> tuple[Shape, ...]:

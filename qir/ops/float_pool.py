@@ -82,6 +82,7 @@ class ReduceMean(FloatOp):
     """The mean over `axes`, which are non-negative and not the batch."""
 
     mnemonic = "ReduceMean"
+    has_tolerance = True
     axes: tuple[int, ...]
     keepdims: bool
 
@@ -118,6 +119,7 @@ class Softmax(FloatOp):
     """`exp(x) / sum(exp(x))` along one axis that is not the batch."""
 
     mnemonic = "Softmax"
+    has_tolerance = True
     axis: int
 
     def infer(self) -> tuple[Shape, ...]:

@@ -346,7 +346,7 @@ def test_reals_pass_through_islands() -> None:
     graph = proved_text(
         """
         %0 = dequantize %x : Nx2 x f32
-        %1 = Relu %0 : Nx2 x f32
+        %1 = Relu %0 : Nx2 x f32 island
         return %1 as "real", %x as "raw"
         """
     )

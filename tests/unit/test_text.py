@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -400,3 +401,22 @@ def test_ops_print_without_a_graph() -> None:
     assert op_text(Relu(operands=(x,), results=(Value("y", x.type),))) == "%y = Relu %x : 2 x f32"
     const = Const(results=(Value("w", TensorType((70,), S8)),), value=Array(LARGE, "w"))
     assert op_text(const) == "%w = const {value=@w} : 70 x s8"
+
+
+def test_an_island_is_marked_at_stage_fixed_and_only_there() -> None:
+    text = (
+        "graph @g stage=fixed (%x: Nx2 x f32) {\n"
+        "  %a = Add %x, %x : Nx2 x f32 island\n"
+        '  %t = Tanh %a : Nx2 x f32 island tolerance loc("t")\n'
+        "  return %t\n}\n"
+    )
+    assert print_graph(parse(text)) == text
+    early = text.replace("stage=fixed", "stage=float").replace(" island tolerance", "").replace(" island", "")
+    assert print_graph(parse(early)) == early
+    for wrong, message in (
+        (text.replace(" island tolerance", " island"), "<text>:3:28: Tanh must be marked 'island tolerance' here"),
+        (text.replace(" island\n", "\n"), "Add must be marked 'island' here"),
+        (text.replace("fixed", "float"), "<text>:2:31: this op is no island"),
+    ):
+        with pytest.raises(ParseError, match=re.escape(message)):
+            parse(wrong)
