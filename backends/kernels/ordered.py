@@ -19,7 +19,8 @@ from qir.types import IntegerType
 
 #: Integers below this magnitude are exact in float64.
 _EXACT: Final = 1 << 53
-_SATURATE, _WRAP, _ZERO = 0, 1, 2
+#: Terms that the loops take at a time.
+_QUAD: Final = 4
 
 _Bind = Callable[[Sequence[Tensor], Sequence[Tensor], np.dtype[Any]], tuple["_Terms", Call | None]]
 
@@ -123,17 +124,26 @@ def _general_rule(op: Accumulating, facts: Facts) -> tuple[Tensor, Tensor, Tenso
     shifts = np.array([product_drop, op.dropped_bits], np.int64)
     ties = np.array(TIES[op.rounding or Rounding.FLOOR], np.int64)
     product = _narrowing(op.product, op.product_overflow or Overflow.NONE)
-    return shifts, ties, np.array([*product, *_narrowing(op.accumulator, op.overflow)], np.int64)
+    return shifts, ties, np.array([product, _narrowing(op.accumulator, op.overflow)], np.int64)
 
 
 def _narrowing(storage: IntegerType | None, overflow: Overflow) -> tuple[int, ...]:
-    """Mode, low, high, mask and sign."""
-    if storage is None or overflow is Overflow.NONE:
-        return _SATURATE, -WIDEST, WIDEST, 0, 0
-    if overflow is Overflow.WRAP:
-        return _WRAP, 0, 0, *wrapping(storage)
-    mode = _ZERO if overflow is Overflow.SATURATE_ZERO else _SATURATE
-    return mode, *kept_bounds(storage.lo, storage.hi, overflow), 0, 0
+    """Bounds to clamp to, mask and sign bit to wrap with, bounds beyond which there is zero."""
+    clamp, wraps, keep = (-WIDEST, WIDEST), (-1, 0), (-2 * WIDEST, 2 * WIDEST - 1)
+    if storage is not None and overflow is Overflow.WRAP:
+        wraps = wrapping(storage)
+    elif storage is not None and overflow is Overflow.SATURATE_ZERO:
+        keep = storage.lo, storage.hi
+    elif storage is not None and overflow is not Overflow.NONE:
+        clamp = kept_bounds(storage.lo, storage.hi, overflow)
+    return *clamp, *wraps, *keep
+
+
+def _padded(places: Tensor, zeros: Tensor, weights: Tensor, number: np.dtype[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms up to a multiple of four: the last ones read the first place times zero, which no narrowed sum notices."""
+    more = -places.size % _QUAD
+    wide = np.pad(weights, ((0, 0), (0, more), (0, 0))).astype(number)
+    return np.pad(places, (0, more)), np.pad(zeros, ((0, 0), (0, more))).astype(number), np.ascontiguousarray(wide)
 
 
 def _convolution(op: Conv2d, facts: Facts) -> _Source | None:
@@ -161,7 +171,7 @@ def _convolution(op: Conv2d, facts: Facts) -> _Source | None:
         data, prepare = frame.bind(inputs[0], scratch, zero.astype(x_dtype))
         starts = np.arange(images, dtype=np.int64) * frame.image
         geometry = (height, width, *frame.steps, per_group)
-        numbers = (places, along.astype(number), np.ascontiguousarray(weights.astype(number)))
+        numbers = _padded(places, along, weights, number)
         return _Terms(data.reshape(-1), starts, np.zeros(images, np.int64), geometry, *numbers, op.groups), prepare
 
     return _Source("conv2d", lambda inputs: len(inputs[0]) * height * width, 1, outputs, bind, frame.scratch)
@@ -179,7 +189,7 @@ def _product(op: FixedMatMul, facts: Facts) -> _Source | None:
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor], number: np.dtype[Any]) -> tuple[_Terms, Call | None]:
         rows = inputs[0].size // length
-        numbers = (places, zeros.astype(number), np.ascontiguousarray(weights.astype(number)))
+        numbers = _padded(places, zeros, weights, number)
         return _Terms(inputs[0].reshape(-1), origin, origin, (1, max(rows, 1), 0, length, 0), *numbers, 1), None
 
     return _Source("matmul", lambda inputs: inputs[0].size // length, 1, outputs, bind)
@@ -194,26 +204,35 @@ def _batched_product(op: FixedMatMul) -> _Source | None:
         return None
     inner, outputs = (int(d) for d in b.shape[-2:])
     along = np.broadcast_to(left_zero, (inner,))[None]
-    places, shift = np.arange(inner, dtype=np.int64), max(op.shift, 0)
+    places, shift, padding = np.arange(inner, dtype=np.int64), max(op.shift, 0), -inner % _QUAD
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor], number: np.dtype[Any]) -> tuple[_Terms, Call | None]:
         left, right = inputs
         rows = left.shape[-2]
         starts, which = broadcast_places(left.shape[:-2], right.shape[:-2])
-        weights = scratch[0]
+        weights, used = scratch[0], scratch[0][..., :inner, :]
 
         def prepare() -> None:
-            np.subtract(right, right_zero, out=weights, dtype=np.int64, casting="unsafe")
-            np.left_shift(weights, shift, out=weights)
+            weights.fill(0)
+            np.subtract(right, right_zero, out=used, dtype=np.int64, casting="unsafe")
+            np.left_shift(used, shift, out=used)
 
-        numbers = (places, along.astype(number), weights.reshape(-1, inner, outputs))
+        rows_of = weights.reshape(-1, inner + padding, outputs)
+        numbers = (np.pad(places, (0, padding)), np.pad(along, ((0, 0), (0, padding))).astype(number), rows_of)
         return _Terms(left.reshape(-1), starts * (rows * inner), which, (1, rows, 0, inner, 0), *numbers, 1), prepare
 
     def pixels(inputs: Sequence[Tensor]) -> int:
         lead = np.broadcast_shapes(inputs[0].shape[:-2], inputs[1].shape[:-2])
         return int(np.prod(lead, dtype=np.int64)) * inputs[0].shape[-2]
 
-    return _Source("matmul_batched", pixels, 1, outputs, bind, (Memory(b.shape, np.dtype(np.int64)),))
+    return _Source(
+        "matmul_batched",
+        pixels,
+        1,
+        outputs,
+        bind,
+        (Memory((*b.shape[:-2], inner + padding, outputs), np.dtype(np.int64)),),
+    )
 
 
 def _sum(op: ReduceSum) -> _Source | None:
@@ -234,7 +253,7 @@ def _sum(op: ReduceSum) -> _Source | None:
         starts = np.arange(images, dtype=np.int64) * (op.count * inner)
         zeros = np.full((1, op.count), int(zero), number)
         geometry = (1, inner, 0, 1, 0)
-        numbers = (places, zeros, ones.astype(number))
+        numbers = _padded(places, zeros, ones, number)
         return _Terms(inputs[0].reshape(-1), starts, np.zeros(images, np.int64), geometry, *numbers, 1), None
 
     return _Source("reduce_sum", outer, inner, inner, bind)

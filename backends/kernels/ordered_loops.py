@@ -14,7 +14,11 @@ import numpy as np
 
 from qir.backends.kernels.jit import kernel
 
-_SATURATE, _WRAP, _ZERO = 0, 1, 2
+
+@kernel
+def _clamp(value: float, low: float, high: float) -> float:
+    value = low if value < low else value
+    return high if value > high else value
 
 
 @kernel
@@ -42,7 +46,8 @@ def accumulate_clamped(
 ) -> None:
     """Every sum saturates to `limits[2:4]`, and where `clamps_products` every product to `limits[:2]` before.
 
-    In the arithmetic of `acc` [O] and `weights`, float64, which is exact for integers below 2^53.
+    In the arithmetic of `acc` [O] and `weights`, float64, which is exact for integers below 2^53. The number of terms
+    is a multiple of 4.
     """
     outputs = weights.shape[2]
     p_low, p_high, low, high = limits[0], limits[1], limits[2], limits[3]
@@ -54,30 +59,30 @@ def accumulate_clamped(
             at = at_pixel + g * group_step
             for o in range(outputs):
                 acc[o] = bias[g * outputs + o] if bias_first else np.float64(0)
-            if clamps_products:
-                for k in range(places.shape[0]):
-                    term, row = np.float64(x[at + places[k]]) - zeros[g, k], w[k]
+            for k in range(0, places.shape[0], 4):
+                x0 = np.float64(x[at + places[k]]) - zeros[g, k]
+                x1 = np.float64(x[at + places[k + 1]]) - zeros[g, k + 1]
+                x2 = np.float64(x[at + places[k + 2]]) - zeros[g, k + 2]
+                x3 = np.float64(x[at + places[k + 3]]) - zeros[g, k + 3]
+                w0, w1, w2, w3 = w[k], w[k + 1], w[k + 2], w[k + 3]
+                if clamps_products:
                     for o in range(outputs):
-                        product = term * row[o]
-                        product = p_low if product < p_low else product
-                        product = p_high if product > p_high else product
-                        total = acc[o] + product
-                        total = low if total < low else total
-                        acc[o] = high if total > high else total
-            else:
-                for k in range(places.shape[0]):
-                    term, row = np.float64(x[at + places[k]]) - zeros[g, k], w[k]
+                        total = acc[o] + _clamp(x0 * w0[o], p_low, p_high)
+                        total = _clamp(total, low, high) + _clamp(x1 * w1[o], p_low, p_high)
+                        total = _clamp(total, low, high) + _clamp(x2 * w2[o], p_low, p_high)
+                        total = _clamp(total, low, high) + _clamp(x3 * w3[o], p_low, p_high)
+                        acc[o] = _clamp(total, low, high)
+                else:
                     for o in range(outputs):
-                        total = acc[o] + term * row[o]
-                        total = low if total < low else total
-                        acc[o] = high if total > high else total
+                        total = _clamp(acc[o] + x0 * w0[o], low, high)
+                        total = _clamp(total + x1 * w1[o], low, high)
+                        total = _clamp(total + x2 * w2[o], low, high)
+                        acc[o] = _clamp(total + x3 * w3[o], low, high)
             target = out[((p - first) * groups + g) * outputs :]
             for o in range(outputs):
                 total = acc[o]
                 if not bias_first:
-                    total += bias[g * outputs + o]
-                    total = low if total < low else total
-                    total = high if total > high else total
+                    total = _clamp(total + bias[g * outputs + o], low, high)
                 target[o] = np.int64(total)
 
 
@@ -107,13 +112,18 @@ def accumulate_stepwise(
 ) -> None:
     """The general step, in int64: round and narrow the product, add, round and narrow the sum.
 
-    `shifts` are the bits that rounding drops of products and of sums; `ties` is a row of `rescale.TIES`. `narrowings`
-    holds mode, low, high, mask and sign of products, then of sums: mode 0 clamps to [low, high], 1 keeps the bits of
-    `mask` read with `sign`, 2 makes what leaves [low, high] zero.
+    `shifts` are the bits that rounding drops of products and of sums, of which one is 0; `ties` is a row of
+    `rescale.TIES`. `narrowings` holds, of products and then of sums: bounds to clamp to, mask and sign bit to wrap
+    with, and bounds beyond which there is zero. All three are applied, so that the loop has no branches; those that are
+    not meant change nothing.
     """
     above, tie, tie_positive, tie_negative, tie_odd, negative = ties[0], ties[1], ties[2], ties[3], ties[4], ties[5]
+    p_low, p_high, p_mask, p_sign, p_least, p_greatest = narrowings[0]
+    low, high, mask, sign, least, greatest = narrowings[1]
     outputs = weights.shape[2]
     p_drop, drop = shifts[0], shifts[1]
+    bits = p_drop | drop
+    whole = np.int64(1) << bits
     for p in range(first, last):
         image = p // (height * width)
         at_pixel = starts[image] + (p // width - image * height) * row_step + (p % width) * pixel_step
@@ -122,45 +132,28 @@ def accumulate_stepwise(
             at = at_pixel + g * group_step
             for o in range(outputs):
                 acc[o] = bias[g * outputs + o] if bias_first else np.int64(0)
-            # One more turn than there are places: the last brings in the bias, or only narrows once more.
-            for k in range(places.shape[0] + 1):
-                is_last = k == places.shape[0]
-                term = np.int64(0) if is_last else np.int64(x[at + places[k]]) - zeros[g, k]
-                row = w[0] if is_last else w[k]
+            for k in range(places.shape[0]):
+                term, row = np.int64(x[at + places[k]]) - zeros[g, k], w[k]
                 for o in range(outputs):
-                    if is_last:
-                        total = acc[o] + (np.int64(0) if bias_first else bias[g * outputs + o])
-                    else:
-                        product = term * np.int64(row[o])
-                        total = (acc[o] << drop) + product
-                        value = product if p_drop else total
-                        bits = p_drop | drop
-                        floor = value >> bits
-                        rest = value - (floor << bits)
-                        missing = (np.int64(1) << bits) - rest
-                        below = np.int64(1 if floor < 0 else 0)
-                        up = tie | (tie_positive & (1 - below)) | (tie_negative & below) | (tie_odd & (floor & 1))
-                        up = above if rest > missing else (up if rest == missing else np.int64(0))
-                        up |= negative & below & np.int64(1 if rest != 0 else 0)
-                        value = floor + (up if bits else np.int64(0))
-                        if p_drop or not drop:
-                            product = value if p_drop else product
-                            if narrowings[0] == _SATURATE:
-                                product = min(max(product, narrowings[1]), narrowings[2])
-                            elif narrowings[0] == _WRAP:
-                                product = ((product & narrowings[3]) ^ narrowings[4]) - narrowings[4]
-                            elif product < narrowings[1] or product > narrowings[2]:
-                                product = np.int64(0)
-                            total = acc[o] + product
-                        else:
-                            total = value
-                    if narrowings[5] == _SATURATE:
-                        total = min(max(total, narrowings[6]), narrowings[7])
-                    elif narrowings[5] == _WRAP:
-                        total = ((total & narrowings[8]) ^ narrowings[9]) - narrowings[9]
-                    elif total < narrowings[6] or total > narrowings[7]:
-                        total = np.int64(0)
-                    acc[o] = total
+                    # What is rounded is the product, or the sum with the product's fraction bits.
+                    value = term * np.int64(row[o]) + (acc[o] << drop) * (drop > 0)
+                    floor = value >> bits
+                    rest = value - (floor << bits)
+                    missing = whole - rest
+                    below = np.int64(floor < 0)
+                    at_tie = tie | (tie_positive & (1 - below)) | (tie_negative & below) | (tie_odd & (floor & 1))
+                    up = (above & (rest > missing)) | (at_tie & (rest == missing))
+                    value = floor + (up | (negative & below & (rest != 0))) * (bits > 0)
+                    product = min(max(value, p_low), p_high)
+                    product = ((product & p_mask) ^ p_sign) - p_sign
+                    product *= (product >= p_least) & (product <= p_greatest)
+                    total = product + acc[o] * (drop == 0)
+                    total = min(max(total, low), high)
+                    total = ((total & mask) ^ sign) - sign
+                    acc[o] = total * ((total >= least) & (total <= greatest))
             target = out[((p - first) * groups + g) * outputs :]
             for o in range(outputs):
-                target[o] = acc[o]
+                total = acc[o] + (np.int64(0) if bias_first else bias[g * outputs + o])
+                total = min(max(total, low), high)
+                total = ((total & mask) ^ sign) - sign
+                target[o] = total if least <= total <= greatest else np.int64(0)

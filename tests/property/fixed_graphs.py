@@ -14,6 +14,7 @@ from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.integer_functions import prepare_softmax
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.accumulate import Order
+from qir.ops.dequantize_blocks import DequantizeBlocks, Packing
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_pool import FixedAveragePool, FixedMaxPool, FixedSoftmax
@@ -347,7 +348,7 @@ class FixedMaker:
         element = affine(storage, 0.5, storage.hi)
         if self.flag():
             element = affine(storage, self.random.uniform(0.1, 1, channels), 1, x.type.rank - 1)
-        rule, rounding = self.pick(list(QuantizeRule)), self.pick([Rounding.HALF_AWAY, Rounding.HALF_EVEN])
+        rule, rounding = self.pick(list(QuantizeRule)), self.pick(list(Rounding))
         return self.emit(Quantize, [x], elements=[element], rule=rule, rounding=rounding)
 
     def dequantize(self) -> Value:
@@ -355,6 +356,17 @@ class FixedMaker:
         channels = self.extent()
         zeros = self.random.integers(-128, 127, channels, endpoint=True)
         return self.emit(Dequantize, [self.input(channels, element=affine(S8, np.full(channels, 0.3), zeros, 1))])
+
+    def dequantize_blocks(self) -> Value:
+        """Weights of 4 bits, of which the last block may be short, and the last byte half used."""
+        self.input(2)
+        shape, axis, block = (self.size(0), self.size(), self.size(1, 5)), self.size(0, 2), self.size(1, 5)
+        count = int(np.prod(shape))
+        data = self.random.integers(0, 256, -(-count // 2)).astype(np.uint8)
+        blocks = tuple(-(-d // block) if i == axis else d for i, d in enumerate(shape))
+        scale = self.constant(self.random.uniform(0.1, 1, blocks).astype(np.float32), F32)
+        attributes = {"shape": shape, "axis": axis, "block": block, "packing": self.pick(list(Packing))}
+        return self.emit(DequantizeBlocks, [self.constant(data, U8), scale], **attributes)
 
     # A few
 
@@ -400,6 +412,7 @@ MAKERS: dict[str, Callable[[FixedMaker], Value]] = {
     "requantize": FixedMaker.requantize,
     "quantize": FixedMaker.quantize,
     "dequantize": FixedMaker.dequantize,
+    "dequantize_blocks": FixedMaker.dequantize_blocks,
     "add": lambda m: m.arithmetic(FixedAdd),
     "sub": lambda m: m.arithmetic(FixedSub),
     "mul": lambda m: m.arithmetic(FixedMul),

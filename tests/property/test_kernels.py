@@ -88,6 +88,9 @@ graph @common stage=fixed (%x: Nx6x6x4 x s8<0.5, zero=3>, %n: Nx3 x s4, %r: Nx2x
   %double = requantize %conv {multiplier=f64 [0.01], shift=s64 [0], form=double_away, input_shift=0, overflow=saturate} : Nx4x7x2 x s8
   %back = dequantize %twice : Nx4x7x2 x f32
   %again = quantize %back {rule=divide, rounding=half_away, overflow=saturate} : Nx4x7x2 x s8<0.5>
+  %four = const {value=u8 3 [16, 50, 132]} : 3 x u8
+  %scale = const {value=f32 3x1 [0.5, 1.0, 2.0]} : 3x1 x f32
+  %blocks = dequantize_blocks %four, %scale {shape=[3, 2], axis=1, block=2, packing=low_first} : 3x2 x f32
   %add = add %x, %x {overflow=saturate} : Nx6x6x4 x s8
   %sub = sub %x, %sum {overflow=saturate} : Nx6x6x4 x s32
   %mul = mul %x, %x {overflow=saturate} : Nx6x6x4 x s32
