@@ -36,6 +36,11 @@ def proved(inputs: Inputs, make: Callable[..., Value]) -> Graph:
     return RangeAnalysis().run(builder.finish([make(builder, *values)], ["y"]), PassContext())
 
 
+def single(op_class: type[Op], inputs: Inputs, **options: Any) -> Graph:
+    """One op on inputs; options are those of `GraphBuilder.emit`."""
+    return proved(inputs, lambda builder, *operands: builder.emit(op_class, operands, **options))
+
+
 def scale_of(element: ElementType) -> Scales:
     """The scale or scales of an affine type."""
     assert isinstance(element, AffineType)
@@ -100,6 +105,17 @@ def linear(
     return proved([x], make)
 
 
+def sums(
+    x: tuple[Ints, ElementType], weight: tuple[Ints, ElementType], bias: Ints, window: Mapping[str, Any] | None = None
+) -> Ints:
+    """The accumulators of `linear`."""
+    operands = [x, weight, (bias.astype(np.int32), S32)]
+    op_class: type[Op] = FixedMatMul if window is None else Conv2d
+    inputs = [(data.shape, element) for data, element in operands]
+    graph = single(op_class, inputs, **(window or {}), **accumulation())
+    return interpret(graph, {f"x{i}": data for i, (data, _) in enumerate(operands)})["y"]
+
+
 def matmul(a: tuple[Shape, ElementType], b: tuple[Shape, ElementType], result: ElementType) -> Graph:
     """The product of two activations."""
 
@@ -121,12 +137,17 @@ def mean(x: tuple[Shape, ElementType], axes: tuple[int, ...], keepdims: bool, re
     return proved([x], make)
 
 
-def product(a: tuple[Shape, ElementType], b: tuple[Shape, ElementType], result: ElementType) -> Graph:
-    """The product of two activations, element by element, with the multiplier of QNNPACK."""
+def product(
+    a: tuple[Shape, ElementType],
+    b: tuple[Shape, ElementType],
+    result: ElementType,
+    multiplier: Callable[..., Scales] = product_multiplier,
+) -> Graph:
+    """The product of two activations, element by element."""
 
     def make(builder: GraphBuilder, *operands: Value) -> Value:
         acc = builder.emit(FixedMul, operands, elements=[S32], overflow=Overflow.SATURATE)
-        return requantized(builder, acc, reciprocal_multiplier(a[1], b[1], result), result)
+        return requantized(builder, acc, multiplier(a[1], b[1], result), result)
 
     return proved([a, b], make)
 
@@ -207,6 +228,13 @@ def small_weights(
     return (rng.integers(-2, 3, shape, np.int8), weight), rng.integers(-900, 900, outputs), float(scales.max())
 
 
+def mostly_of_one_sign(rng: np.random.Generator, storage: IntegerType, shape: tuple[int, ...], axis: int) -> Ints:
+    """The ends of a storage; along the axis of outputs, one or the other for nine of ten."""
+    favoured = np.expand_dims(rng.integers(0, 2, shape[axis]), [i for i in range(len(shape)) if i != axis])
+    high = np.where(rng.random(shape) < 0.9, favoured, 1 - favoured)
+    return np.where(high, storage.hi, storage.lo).astype(storage.dtype)
+
+
 # Layout NHWC, weights [O, kh, kw, C / groups]
 
 
@@ -229,3 +257,16 @@ CONVOLUTIONS: dict[str, tuple[Shape, tuple[int, ...], dict[str, Any]]] = {
     "depthwise multiplied": ((1, 20, 20, 12), (36, 3, 3, 1), window(groups=12, pads=(0, 1, 2, 1))),
     "batched": ((BATCH, 14, 15, 3), (19, 3, 3, 3), window(pads=(1, 1, 1, 1))),
 }
+
+POOLS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]] = {
+    "2x2": ((2, 2), (2, 2), (0, 0, 0, 0)),
+    "3x3": ((3, 3), (2, 2), (1, 1, 1, 1)),
+    "overlapping": ((3, 2), (1, 1), (1, 0, 2, 1)),
+    "strides that differ": ((2, 3), (3, 1), (0, 1, 1, 2)),
+    "4x4": ((4, 4), (1, 2), (0, 0, 0, 0)),
+}
+
+
+def slides(kind: str) -> dict[str, Any]:
+    kernel, strides, pads = POOLS[kind]
+    return {"kernel": kernel, "strides": strides, "pads": pads, "dilations": (1, 1)}

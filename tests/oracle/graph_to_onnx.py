@@ -11,6 +11,7 @@ ONNX Runtime derives the multipliers and tables on its own. What is written wher
 - a requantize of its own: QLinearMatMul by the integer 1 of scale 1, which multiplies by the quotient of the scales;
 - average_pool2d, whose rule sees integers and no scale: AveragePool of the integers as reals, Round;
 - dequantize, quantize, and ops on reals between them: DequantizeLinear, QuantizeLinear, and the op itself;
+- dequantize_blocks: DequantizeLinear of 4-bit integers with a block size;
 - a table: the function that the typed graph names, between DequantizeLinear and QuantizeLinear;
 - storage bounds narrower than the container, which fused activations are: Clip on integers.
 
@@ -281,9 +282,7 @@ class _Writer:
     def mul(self, source: Op, op: Op) -> None:
         if zero_array(op.result.type.element).any():
             raise NotOnnx(f"{op.describe()}: QLinearMul adds the zero point before it rounds")
-        operands = [name for v in (*source.operands, op.result) for name in self.quantization(v)]
-        for place, value in ((0, source.operands[0]), (3, source.operands[1])):
-            operands.insert(place, self.read(value))
+        operands = [name for v in source.operands for name in self.quantized(v)] + self.quantization(op.result)
         self.plain[op.result] = self.narrowed(op.result, self.node("QLinearMul", operands, domain=_MICROSOFT))
 
     def mean(self, source: Op, op: Op) -> None:
