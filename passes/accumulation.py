@@ -51,6 +51,18 @@ def sum_scale(
     return SumScale(step * 2.0**dropped, target.product.shift - dropped)
 
 
-def least_weight_scale(target: Target, input_scale: float, magnitude: npt.ArrayLike) -> npt.NDArray[Any]:
-    """The least weight scale at which sums of this magnitude have room in the accumulator."""
-    return np.asarray(magnitude, np.float64) / (input_scale * 2.0**-target.product.shift * largest_sum(target))
+def excess_bits(target: Target, product_scale: float, interval: Interval | None) -> int:
+    """By how many powers of two a product's scale is too small for the accumulator to hold the sums of a result.
+
+    `interval` is the calibrated range of the result. None are where sums may be rounded: `sum_scale` drops bits there.
+    """
+    needed = reach(interval) / (product_scale * 2.0**-target.product.shift * largest_sum(target))
+    return 0 if target.accumulator.rounding is not None or needed <= 1 else math.ceil(math.log2(needed))
+
+
+def least_weight_scale(
+    target: Target, input_scale: float, magnitude: npt.ArrayLike, most: float | None = None
+) -> npt.NDArray[Any]:
+    """The least weight scale at which sums of this magnitude have room in the accumulator, or are `most` at most."""
+    unit = input_scale * 2.0**-target.product.shift
+    return np.asarray(magnitude, np.float64) / (unit * (largest_sum(target) if most is None else most))

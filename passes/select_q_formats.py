@@ -18,14 +18,15 @@ import numpy.typing as npt
 from qir.arrays import Array
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
-from qir.fixed_point import Overflow
+from qir.fixed_point import Overflow, round_half_away
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
-from qir.passes.accumulation import least_weight_scale, reach, sum_scale
+from qir.passes.accumulation import excess_bits, least_weight_scale, reach, sum_scale
+from qir.passes.assign_bit_widths import bias_storage
 from qir.rewrite import map_values
 from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
 from qir.target import FunctionRule, Granularity, Scales, Scheme, Target
@@ -100,7 +101,8 @@ class SelectQFormats(Pass):
             fixed = {FIXED_FORMATS[maker, storage.bits] for maker in makers if (maker, storage.bits) in FIXED_FORMATS}
             if len(fixed) == 1 and storage.signed:
                 scale, zero = fixed.pop()
-                return affine(storage, scale, zero)
+                if not zero or target.activations.scheme is Scheme.AFFINE:
+                    return affine(storage, scale, zero)
         observed = [Histogram.from_array(v.histogram.data) for v in members if v.histogram is not None]
         ranges = [v.range for v in members if v.range is not None]
         if not (observed if self.search is Search.MSE and observed else ranges):
@@ -111,23 +113,37 @@ class SelectQFormats(Pass):
             if target.activations.scales is Scales.POWER_OF_TWO:
                 return fixed_point(storage, _exponent(storage, merged, (lo, hi), target))
             symmetric = target.activations.scheme is Scheme.SYMMETRIC
-            if merged is not None:
+            if merged is not None and _clips(target):
                 scale_found, zero = search_affine(merged, storage.lo, storage.hi, symmetric)
             else:
+                lo, hi = (merged.minimum, merged.maximum) if merged is not None else (lo, hi)
+                lo, hi = (lo, hi) if _clips(target) else _with_room(lo, hi, symmetric)
                 scale_found, zero = affine_from_range(lo, hi, storage.lo, storage.hi, symmetric)
         except CalibrationError as fault:
             raise PassError(f"%{members[0].name}: {fault}") from fault
         return affine(storage, scale_found, zero)
 
 
+def _clips(target: Target) -> bool:
+    """Whether results that do not fit are cut off. Where they wrap, or become zero, twice the observed range has room."""
+    return target.requantization.overflow in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC)
+
+
+def _with_room(lo: float, hi: float, symmetric: bool) -> tuple[float, float]:
+    """Twice the range, 0 included; with a zero point as much below as above, where results just outside may fall."""
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
+    more = (-lo, hi) if symmetric else ((hi - lo) / 2, (hi - lo) / 2)
+    return lo - more[0], hi + more[1]
+
+
 def _exponent(storage: IntegerType, merged: Histogram | None, observed: tuple[float, float], target: Target) -> int:
-    """The binary point of activations. Where overflow wraps, or makes zero, twice the observed range has room."""
+    """The binary point of activations."""
     bits = storage.hi.bit_length() + storage.signed
-    clips = target.requantization.overflow in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC)
+    clips = _clips(target)
     if merged is not None and clips:
         return search_power_of_two(merged, bits, storage.signed)
     lo, hi = (merged.minimum, merged.maximum) if merged is not None else observed
-    return power_of_two_from_range(lo, hi, bits, storage.signed) + (0 if clips else 1)
+    return power_of_two_from_range(lo, hi, bits, storage.signed) + (not clips)
 
 
 class Groups:
@@ -200,7 +216,8 @@ def _weight_types(
         scales = scale_array(element)
         yield weight, weight.type.with_element(element)
     else:
-        scales = np.asarray(_scale(types[weight]), np.float64)
+        scale = _scale(types[weight])
+        scales = np.asarray(scale * 2.0 ** excess_bits(target, input_scale * scale, op.result.range))
     if bias is not None and bias_data is not None:
         if bias.type.rank != 1:
             raise PassError(f"{op.describe()}: the bias must be a vector; run canonicalize first")
@@ -222,19 +239,15 @@ def _weight_format(
     granularity = contract.conv if isinstance(op, Conv) else contract.matmul
     per_channel = granularity is Granularity.PER_CHANNEL and data.data.ndim in (2, 3, 4)
     chosen = axis if per_channel else None
-    if contract.scheme is Scheme.AFFINE:
-        rows = data.data if chosen is None else np.moveaxis(data.data, axis, 0)
-        rows = rows.reshape(1 if chosen is None else len(rows), -1).astype(np.float64)
-        ends = (rows.min(axis=1, initial=0.0), rows.max(axis=1, initial=0.0))
-        grids = [affine_from_range(lo, hi, storage.lo, storage.hi, False) for lo, hi in zip(*ends, strict=True)]
-        found, zeros = (np.array(part) for part in zip(*grids, strict=True))
-        return affine(
-            storage, found if per_channel else found[0], zeros if per_channel else zeros[0], chosen, data.name
-        )
-    sums = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
+    added = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
+    sums = added
     if target.accumulator.rounding is None:  # else sums keep fewer fraction bits instead
         sums = np.maximum(sums, reach(op.result.range))
     least = least_weight_scale(target, input_scale, sums)
+    least = np.maximum(least, least_weight_scale(target, input_scale, added, bias_storage(target).hi))
+    if contract.scheme is Scheme.AFFINE:
+        scales, zeros = affine_weights(data.data, storage, chosen, least)
+        return affine(storage, scales, zeros, chosen, data.name)
     scales = weight_scales(data.data, storage, chosen, least)
     if contract.scales is Scales.POWER_OF_TWO:
         mantissas, exponents = np.frexp(scales.astype(np.float64))
@@ -256,13 +269,31 @@ def weight_scales(
     of zeros takes the least scale of the others, for the precision of its bias.
     """
     magnitude = np.abs(data.astype(np.float64))
-    if axis is None:
-        largest = np.asarray(magnitude.max(initial=0.0))
-    else:
-        largest = magnitude.max(axis=tuple(i for i in range(data.ndim) if i != axis), initial=0.0)
-    scales = np.maximum(largest / storage.hi, least if axis is not None else least.max(initial=0.0))
-    positive = scales[(scales > 0) & (largest > 0)]
+    return _raised(magnitude.max(axis=_others(data, axis), initial=0.0) / storage.hi, axis, least)
+
+
+def affine_weights(
+    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Float32 scales and zero points of the ranges of weights, 0 included; raised and filled as `weight_scales` are."""
+    others = _others(data, axis)
+    low, high = (end(axis=others, initial=0.0).astype(np.float64) for end in (data.min, data.max))
+    levels = storage.hi - storage.lo
+    scales = _raised((high - low) / levels, axis, least)
+    zeros = storage.lo - np.minimum(low, 0.0) / scales  # within the storage, as no scale is below that of its range
+    return scales, np.clip(round_half_away(zeros), storage.lo, storage.hi)
+
+
+def _others(data: npt.NDArray[Any], axis: int | None) -> tuple[int, ...]:
+    """The axes along which weights share a scale."""
+    return tuple(i for i in range(data.ndim) if i != axis)
+
+
+def _raised(steps: npt.ArrayLike, axis: int | None, least: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The steps that ranges of weights ask for, 0 for zeros, as scales that are normal float32 numbers."""
+    asked = np.asarray(steps, np.float64)
+    scales = np.maximum(asked, least if axis is not None else least.max(initial=0.0))
+    positive = scales[asked > 0]
     filler = positive.min() if positive.size else 1.0
-    tiny = float(np.finfo(np.float32).tiny)
-    filled = np.where(largest > 0, scales, np.maximum(scales, filler))
-    return np.asarray(np.maximum(filled, tiny), np.float32)
+    filled = np.where(asked > 0, scales, np.maximum(scales, filler))
+    return np.asarray(np.maximum(filled, float(np.finfo(np.float32).tiny)), np.float32)

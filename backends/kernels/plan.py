@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,9 +61,12 @@ class Layout:
         return sum(step.kernel.packed_bytes for step in self.steps)
 
 
-def lay_out(graph: Graph, facts: Facts, *, keep_all: bool) -> Layout:
-    """Choose kernels and plan memory. With `keep_all` nothing is fused and every value has a place of its own."""
-    steps = tuple(_steps(graph, facts, fuse=not keep_all))
+def lay_out(graph: Graph, facts: Facts, *, keep_all: bool, own: Mapping[Op, Kernel] | None = None) -> Layout:
+    """Choose kernels and plan memory. With `keep_all` nothing is fused and every value has a place of its own.
+
+    `own` are the kernels that a backend has of its own (`qir.backends.kernels.select.own_kernels`); they come first.
+    """
+    steps = tuple(_steps(graph, facts, own or {}, fuse=not keep_all))
     roots = _roots(steps)
     last_read: dict[Value, int] = {}
     for number, step in enumerate(steps):
@@ -100,14 +103,17 @@ def memory_of(value: Value) -> Memory:
     return Memory(value.type.shape, dtype_of(value.type))
 
 
-def _steps(graph: Graph, facts: Facts, *, fuse: bool) -> Iterator[Step]:
+def _steps(graph: Graph, facts: Facts, own: Mapping[Op, Kernel], *, fuse: bool) -> Iterator[Step]:
     """Ops with their kernels; what only the next op reads is computed together with it where a kernel does both."""
     outputs, absorbed = set(graph.outputs), set[Op]()
     for op in graph.ops:
         if isinstance(op, Const) or op in absorbed:
             continue
+        if op in own:
+            yield Step((op,), own[op], op.operands, op.result)
+            continue
         readers = graph.users.get(op.results[0], ())
-        if fuse and len(readers) == 1 and op.results[0] not in outputs:
+        if fuse and len(readers) == 1 and op.results[0] not in outputs and readers[0] not in own:
             kernel = select_fused(op, readers[0], facts)
             if kernel is not None:
                 absorbed.add(readers[0])

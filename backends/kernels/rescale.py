@@ -203,15 +203,19 @@ def quantize(op: Op, facts: Facts) -> Kernel | None:
         return None
     scale = scale_array(op.result.type.element).astype(np.float32)  # type: ignore[arg-type]
     period = period_of(op.result.type, (scale, zero))
-    if op.rule is QuantizeRule.RECIPROCAL:
+    fused = op.rule is QuantizeRule.RECIPROCAL_FUSED
+    multiplies = fused or op.rule is QuantizeRule.RECIPROCAL
+    if multiplies:
         with np.errstate(over="ignore"):
             scale = np.float32(1) / scale
+    inside, after = (zero, np.zeros_like(zero)) if fused else (np.zeros_like(zero), zero)
     arguments = (
         np.resize(np.atleast_1d(scale), period),
-        op.rule is QuantizeRule.RECIPROCAL,
+        multiplies,
+        np.resize(np.atleast_1d(inside.astype(np.float64)), period),
         np.array(TIES[op.rounding], np.int64),
-        *(np.resize(np.atleast_1d(limit - zero), period) for limit in (storage.lo, storage.hi)),
-        np.resize(np.atleast_1d(zero), period),
+        *(np.resize(np.atleast_1d(limit - after), period) for limit in (storage.lo, storage.hi)),
+        np.resize(np.atleast_1d(after), period),
     )
 
     def bind(inputs: Sequence[Tensor], output: Tensor, scratch: Sequence[Tensor]) -> Call:

@@ -6,6 +6,7 @@ Parameters run along the data with the period of their length. Each loop ends al
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -120,8 +121,27 @@ def rescale_double(x: Any, x_zero: Any, left: Any, multiplier: Any, low: Any, hi
 
 
 @kernel
-def quantize_reals(x: Any, scale: Any, reciprocal: bool, ties: Any, low: Any, high: Any, zero: Any, out: Any) -> None:
-    """`x / scale` (or `x * scale`) in float32, rounded as `ties` says (see `rescale.TIES`); NaN: the zero point."""
+def _fused(x: Any, scale: Any, addend: Any) -> Any:
+    """`x * scale + addend`, rounded to float32 once: `qir.ops.fixed_rescale.fused_multiply_add` says how."""
+    product = np.float64(x) * np.float64(scale)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    if error != 0 and np.isfinite(total):
+        mantissa, _ = math.frexp(total)
+        if np.int64(mantissa * 2.0**53) & 1 == 0:
+            total = np.nextafter(total, np.inf if error > 0 else -np.inf)
+    return np.float32(total)
+
+
+@kernel
+def quantize_reals(
+    x: Any, scale: Any, multiplies: bool, inside: Any, ties: Any, low: Any, high: Any, zero: Any, out: Any
+) -> None:
+    """`x / scale` (or `x * scale`) in float32, rounded as `ties` says (see `rescale.TIES`); NaN: the zero point.
+
+    What is `inside` the rounding is added to the product in one operation, as an FMA does; see `_fused`.
+    """
     period = scale.shape[0]
     limit = np.float32(2.0**62)
     above, tie, tie_positive, tie_negative, tie_odd, negative = ties[0], ties[1], ties[2], ties[3], ties[4], ties[5]
@@ -129,15 +149,17 @@ def quantize_reals(x: Any, scale: Any, reciprocal: bool, ties: Any, low: Any, hi
         count = min(period, x.shape[0] - start)
         source, target = x[start : start + count], out[start : start + count]
         for j in range(count):
-            real = source[j] * scale[j] if reciprocal else source[j] / scale[j]
-            real = np.float32(0) if np.isnan(real) else min(max(np.float32(real), -limit), limit)
+            if inside[j]:
+                real = _fused(source[j], scale[j], inside[j])
+            else:
+                real = source[j] * scale[j] if multiplies else source[j] / scale[j]
+            real = np.float32(inside[j]) if np.isnan(real) else min(max(np.float32(real), -limit), limit)
             below = np.floor(real)
-            rest = np.float32(real - below)
+            rest = np.float64(real) - np.float64(below)  # in float32 that of -0.49999997 would be a tie
             floor = np.int64(below)
             is_negative = np.int64(1 if floor < 0 else 0)
             at_tie = tie | (tie_positive & (1 - is_negative)) | (tie_negative & is_negative) | (tie_odd & (floor & 1))
-            half = np.float32(0.5)
-            up = above if rest > half else (at_tie if rest == half else np.int64(0))
+            up = above if rest > 0.5 else (at_tie if rest == 0.5 else np.int64(0))
             up |= negative & is_negative & np.int64(1 if rest != 0 else 0)
             target[j] = min(max(floor + up, low[j]), high[j]) + zero[j]
 

@@ -19,7 +19,7 @@ from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.ops.movement import FixedReshape, FixedTranspose
 from qir.passes.lowering.factors import Factor, factor
 from qir.rewrite import Rewriter
-from qir.target import Target, Width
+from qir.target import Product, Target, Width
 from qir.types import (
     AffineType,
     Dim,
@@ -170,10 +170,11 @@ class Lowering(Rewriter):
         *,
         name: str,
         location: str,
+        product: Product | None = None,
         **more: Any,
     ) -> Value:
-        """An accumulating op by the contract, read out of its guard bits; products enter at `shift`."""
-        contract, product = self.target.accumulator, self.target.product
+        """An accumulating op by the contract, read out of its guard bits; what `product` narrows enters at `shift`."""
+        contract, product = self.target.accumulator, product or self.target.product
         attributes: dict[str, Any] = {"overflow": contract.overflow, "order": contract.order, **more}
         if contract.guard_bits:
             attributes["overflow"] = Overflow.WRAP
@@ -234,14 +235,15 @@ class Lowering(Rewriter):
         name: str,
         location: str,
         rounding: Rounding | None = None,
+        overflow: Overflow = Overflow.SATURATE,
     ) -> Value:
-        """`value * 2**shift`, rounded as the contract rescales, and saturated."""
+        """`value * 2**shift`, rounded as the contract rescales, and saturated where nothing else is said."""
         rule = self.target.requantization.of("rescale")
         return self.emit(
             Requantize,
             [value],
             elements=[element],
-            overflow=Overflow.SATURATE,
+            overflow=overflow,
             **_shift_attributes(shift, rounding or rule.rounding or Rounding.FLOOR, name),
             name=name,
             location=location,
@@ -260,33 +262,59 @@ class Lowering(Rewriter):
     ) -> Value:
         """A requantize in the form that the target has for this kind of op.
 
-        Where results overflow by another mode than saturation, a fused activation is a step of its own.
+        Where results overflow by another mode than saturation, a fused activation comes first, as a step of its own.
         """
         rule, overflow = self.target.requantization.of(kind), self.target.requantization.overflow
+        attributes: dict[str, Any] = {
+            "multiplier": Array(factor.multiplier, f"{name}.multiplier"),
+            "shift": Array(factor.shift, f"{name}.shift"),
+            "form": rule.form,
+            "rounding": rule.rounding,
+            "input_shift": input_shift,
+        }
         storage = storage_of(element)
         assert storage is not None
-        final = element
-        if isinstance(element, AffineType | FixedPointType):
-            whole = self.target.activations.storage(storage.bits)
-            if overflow is not Overflow.SATURATE and storage != whole:
-                element = element.with_storage(whole)
-        else:
+        if not isinstance(element, AffineType | FixedPointType):
             overflow = Overflow.SATURATE  # an intermediate result
-        is_two_steps = element is not final
-        result = self.emit(
-            Requantize,
-            [value],
-            elements=[element],
-            multiplier=Array(factor.multiplier, f"{name}.multiplier"),
-            shift=Array(factor.shift, f"{name}.shift"),
-            form=rule.form,
-            rounding=rule.rounding,
-            input_shift=input_shift,
-            overflow=overflow,
-            name=f"{name}.whole" if is_two_steps else name,
-            location=location,
+        elif overflow is not Overflow.SATURATE and storage != self.target.activations.storage(storage.bits):
+            return self._activated(value, element, attributes, name=name, location=location)
+        return self.emit(
+            Requantize, [value], elements=[element], **attributes, overflow=overflow, name=name, location=location
         )
-        return self.shifted(result, 0, final, name=name, location=location) if is_two_steps else result
+
+    def _activated(
+        self, value: Value, element: QuantizedType, attributes: Mapping[str, Any], *, name: str, location: str
+    ) -> Value:
+        """A requantize with a fused activation: clipped in a register that holds every result, then narrowed."""
+        storage, zero = element.storage, int(zero_array(element))
+        whole = self.target.activations.storage(storage.bits)
+        wide = self._register(value, attributes, storage.bits + 1)
+        low, high = (
+            wide_end if end == whole_end else end - zero
+            for end, whole_end, wide_end in (
+                (storage.lo, whole.lo, wide.lo),
+                (storage.hi, whole.hi, wide.hi),
+            )
+        )
+        step: dict[str, Any] = {"elements": [wide.narrowed(low, high)], "overflow": Overflow.SATURATE}
+        clipped = self.emit(
+            Requantize, [value], **attributes, **step, name=f"{name}.clipped", location=location
+        )
+        if wide.lo < low and high < wide.hi:
+            return self.shifted(clipped, 0, element, name=name, location=location)
+        overflow = self.target.requantization.overflow
+        kept = element.with_storage(whole)
+        narrowed = self.shifted(clipped, 0, kept, overflow=overflow, name=f"{name}.whole", location=location)
+        return self.shifted(narrowed, 0, element, name=name, location=location)
+
+    def _register(self, value: Value, attributes: Mapping[str, Any], least: int) -> IntegerType:
+        """Integers of `least` bits or more that hold all results of a requantize, zero point apart; at most 64."""
+        storage = storage_of(value.type.element)
+        assert storage is not None
+        if attributes["form"] in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
+            return integer(_WIDEST)
+        left = attributes["input_shift"] + max(int(attributes["shift"].data.max(initial=0)), 0)
+        return integer(min(max(storage.bits + 1 + left, least), _WIDEST))
 
     def rescaled(self, value: Value, factor: Factor, element: QuantizedType, *, name: str, location: str) -> Value:
         """A change of scale that saturates, whatever becomes of results of layers that do not fit."""
@@ -375,11 +403,13 @@ class Lowering(Rewriter):
         new = island.result
         if quantized:
             rule = self.target.input
+            # Only the border has the zero point inside the rounding: PyTorch's ops add it afterwards.
+            is_fused = rule.rule is QuantizeRule.RECIPROCAL_FUSED
             new = self.emit(
                 Quantize,
                 [new],
                 elements=[result.type.element],
-                rule=rule.rule,
+                rule=QuantizeRule.RECIPROCAL if is_fused else rule.rule,
                 rounding=rule.rounding,
                 name=self.claim(result),
                 location=op.location,

@@ -19,8 +19,11 @@ from qir.ops.float_elementwise import Activation, Add, Div, Sub
 from qir.ops.float_pool import ArgMax, Softmax
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis
 from qir.passes.lowering.factors import Factor
-from qir.target import FunctionRule, SumRule
+from qir.target import FORMS_OF_32_BITS, FunctionRule, ProductRule, SumRule
 from qir.types import S8, S32, IntegerType, affine, integer
+
+#: The operand scales, in units of the result's, between which XNNPACK adds.
+_RATIOS = (2.0**-10, 2.0**8)
 
 
 def both_operands(b: Lowering, op: Op) -> tuple[list[Value], bool]:
@@ -102,6 +105,11 @@ def _add_on_binary_point(b: Lowering, op: Add | Sub) -> None:
 
 def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
     """Both operands times integer multipliers of a common shift, their sum shifted right, ties up: XNNPACK."""
+    ratios = [float(b.scale(v)) / float(b.scale(op.result)) for v in op.operands]
+    if not all(_RATIOS[0] <= ratio < _RATIOS[1] for ratio in ratios):
+        raise NoIntegerForm("its operands' scales must be 2^-10 to 2^8 times the result's")
+    if any(_centred_bits(b, v) > 9 for v in op.operands):
+        raise NoIntegerForm("times multipliers of 21 bits, operands of more than 8 do not fit 32")
     multipliers, shift = sum_multipliers([b.scale(v) for v in op.operands], b.scale(op.result))
     operands, last = both_operands(b, op)
     terms = []
@@ -145,18 +153,31 @@ def _sum(
 
 
 def lower_mul(b: Lowering, op: Op) -> None:
-    """The product of the centred operands, requantized."""
+    """The product of the centred operands, requantized, or a product in float32."""
+    if b.target.multiplication.rule is ProductRule.FLOAT32:
+        b.island(op)
+        return
     scales = [b.scale(v) for v in op.operands]
+    bits = sum(_centred_bits(b, v) for v in op.operands)
+    form = b.target.requantization.of("mul").form
+    if bits > S32.bits and form in FORMS_OF_32_BITS:
+        raise NoIntegerForm(f"its products take {bits} bits, and {form} takes 32")
     operands, last = both_operands(b, op)
     total = b.emit(
         FixedMul,
         operands,
-        elements=[S32 if sum(b.format_of(v).storage.bits for v in op.operands) <= S32.bits else integer(64)],
+        elements=[S32 if bits <= S32.bits else integer(64)],
         overflow=Overflow.SATURATE,
         name=f"{op.result.name}.acc",
         location=op.location,
     )
     _finish(b, op, total, b.factor("mul", scales, b.format_of(op.result)), last, kind="mul")
+
+
+def _centred_bits(b: Lowering, value: Value) -> int:
+    """Bits that hold the integers of a value less its zero point."""
+    storage, zero = b.format_of(value).storage, b.zero(value)
+    return max(~(storage.lo - zero), storage.hi - zero).bit_length() + 1
 
 
 def _finish(b: Lowering, op: Op, total: Value, factor: Factor, last: bool, *, kind: str) -> None:

@@ -15,11 +15,12 @@ from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_rescale import QuantizeRule, quantize_array
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
-from qir.passes.accumulation import least_weight_scale, sum_scale
+from qir.passes.accumulation import excess_bits, least_weight_scale, sum_scale
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis, spatial_rank_4
 from qir.passes.lowering.weight_only import lower_weight_only, uses_weights_alone
 from qir.scale_search import power_of_two_from_range
-from qir.types import AffineType, FixedPointType, TensorType, fixed_point, integer, scale_array, zero_array
+from qir.target import Product
+from qir.types import AffineType, FixedPointType, TensorType, fixed_point, scale_array, scaled_by, zero_array
 
 Scales = npt.NDArray[Any]
 
@@ -106,7 +107,10 @@ def _bias(b: Lowering, op: Op, steps: Scales) -> list[Value]:
 
 
 def lower_matmul(b: Lowering, op: Op) -> None:
-    """Matmul into the accumulator, then requantize. Constant right operands are weights."""
+    """Matmul into the accumulator, then requantize. Constant right operands are weights.
+
+    Where the right one is no weight, whose scale leaves room for the sums, it is rescaled first to as few bits as do.
+    """
     assert isinstance(op, MatMul)
     left, right = op.operands[0], op.operands[1]
     b.format_of(left)
@@ -119,6 +123,12 @@ def lower_matmul(b: Lowering, op: Op) -> None:
         second = b.constant(array, right.type, name=b.claim(right))
     else:
         second = b.read(right)
+        extra = excess_bits(b.target, float(b.scale(left)) * float(b.scale(right)), op.result.range)
+        if extra:
+            kind = scaled_by(b.format_of(right), extra)
+            scales = scale_array(kind).astype(np.float32)
+            found = b.factor("rescale", [b.scale(right)], kind)
+            second = b.rescaled(second, found, kind, name=f"{op.result.name}.b", location=op.location)
     sums = sum_scale(b.target, float(b.scale(left)), scales, op.result.range)
     operands = [b.read(left), second, *_bias(b, op, sums.step)]
     total = b.sum_of(FixedMatMul, operands, sums.shift, name=f"{op.result.name}.acc", location=op.location)
@@ -147,15 +157,13 @@ def lower_mean(b: Lowering, op: Op) -> None:
     if rule.form is RequantizeForm.SHIFT:
         _mean_by_products(b, op, value, tuple(sorted(axes)), count, last=last and op.keepdims)
         return
-    register = b.target.accumulator.bits
-    total = b.emit(
+    total = b.sum_of(
         ReduceSum,
         [value],
+        0,
+        product=Product(),  # there is none: the elements themselves are summed
         axes=tuple(sorted(axes)),
         keepdims=op.keepdims,
-        accumulator=integer(register if isinstance(register, int) else 64),
-        overflow=b.target.accumulator.overflow,
-        order=b.target.accumulator.order,
         name=f"{op.result.name}.acc",
         location=op.location,
     )

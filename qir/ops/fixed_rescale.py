@@ -37,10 +37,11 @@ _FLOAT_FORMS = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
 
 
 class QuantizeRule(enum.StrEnum):
-    """How a real is divided by the scale before it is rounded; the two differ near ties."""
+    """How a real is divided by the scale before it is rounded; they differ near ties."""
 
     DIVIDE = "divide"  # x / s in float32
     RECIPROCAL = "reciprocal"  # x * (1 / s) in float32
+    RECIPROCAL_FUSED = "reciprocal_fused"  # x * (1 / s) + z, rounded to float32 once: the zero point is inside
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -195,17 +196,42 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
     if storage is None or not is_quantized(element):
         raise QirError("only quantized types have a scale to quantize by")
     scale, zero = along_axis(element, x.ndim)
-    with np.errstate(over="ignore"):
-        scaled = x / scale if rule is QuantizeRule.DIVIDE else x * (np.float32(1) / scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        match rule:
+            case QuantizeRule.DIVIDE:
+                scaled = x / scale
+            case QuantizeRule.RECIPROCAL:
+                scaled = x * (np.float32(1) / scale)
+            case QuantizeRule.RECIPROCAL_FUSED:
+                scaled = fused_multiply_add(x, np.float32(1) / scale, zero)
+                scaled, zero = np.where(np.isnan(scaled), zero.astype(np.float32), scaled), np.zeros_like(zero)
     return np.asarray(np.clip(quantize_reals(scaled, rounding) + zero, storage.lo, storage.hi))
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> npt.NDArray[np.float32]:
+    """`a * b + c` of float32 arrays a and b and small integers c, rounded to float32 once.
+
+    The product is exact in float64. The sum is rounded there to odd, its exact error (Knuth's TwoSum) telling the side,
+    so that rounding it again, to float32, is as rounding once.
+    """
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = np.asarray(product + addend)
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    even = (total.view(np.int64) & 1) == 0
+    toward = np.where(error > 0, np.inf, -np.inf)
+    total = np.where((error != 0) & even & np.isfinite(total), np.nextafter(total, toward), total)
+    return np.asarray(total.astype(np.float32))
 
 
 def quantize_reals(scaled: Tensor, rounding: Rounding) -> npt.NDArray[np.int64]:
     """float32 reals as int64 integers within +-2^62, in any rounding; NaN becomes 0."""
     limit = np.float32(2.0**62)
     scaled = np.clip(np.where(np.isnan(scaled), np.float32(0), scaled), -limit, limit)
-    floor = np.floor(scaled)
-    rest, negative, odd = scaled - floor, floor < 0, np.mod(floor, 2) == 1  # each is exact in float32
+    # In float64, where the rest of -0.49999997, the float32 next to a tie, is no tie either.
+    wide = scaled.astype(np.float64)
+    floor = np.floor(wide)
+    rest, negative, odd = wide - floor, floor < 0, np.mod(floor, 2) == 1
     match rounding:
         case Rounding.FLOOR:
             up = np.zeros_like(negative)

@@ -375,20 +375,21 @@ def test_dequantize(engine: str) -> None:
 
 
 @only_fbgemm
-def test_quantize_on_even_zero_points(engine: str) -> None:
+def test_quantize_with_the_zero_point_inside(engine: str) -> None:
     """On x86 PyTorch computes `rint(fma(x, 1 / scale, zero))`, so that with odd zero points ties go the other way."""
     oracle = Oracle(engine)
     rng = np.random.default_rng(9)
     ties = rng.integers(-300, 300, 5000) + 0.5
-    for scale in (0.25, 2.0**-7, 4.0):
+    for scale in (0.25, 2.0**-7, 4.0, *(float(F32(s)) for s in rng.uniform(0.001, 0.2, 20))):
         x = (ties * scale).astype(F32)
         for zero in (0, 254, 11, 97):
             element = affine(U8, scale, zero)
             theirs = torch.quantize_per_tensor(torch.from_numpy(x), *format_of(element), torch.quint8)
-            options: dict[str, Any] = {"rule": QuantizeRule.RECIPROCAL, "rounding": Rounding.HALF_EVEN}
-            graph = single(Quantize, [(x.shape, FloatType())], elements=[element], **options)
+            fused, apart = (
+                single(Quantize, [(x.shape, FloatType())], elements=[element], rule=rule, rounding=Rounding.HALF_EVEN)
+                for rule in (QuantizeRule.RECIPROCAL_FUSED, QuantizeRule.RECIPROCAL)
+            )
+            oracle.compare(fused, {"x0": x}, theirs.int_repr().numpy())
             if zero % 2:
-                assert np.any(both(graph, {"x0": x}) != theirs.int_repr().numpy())
-            else:
-                oracle.compare(graph, {"x0": x}, theirs.int_repr().numpy())
+                assert np.any(both(apart, {"x0": x}) != theirs.int_repr().numpy())
     oracle.finish()
