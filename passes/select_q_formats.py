@@ -19,6 +19,7 @@ from qir.arrays import Array
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
 from qir.fixed_point import Overflow, round_half_away
+from qir.integer_functions_16 import OUTPUT_SCALE
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
@@ -46,6 +47,8 @@ FIXED_FORMATS: dict[tuple[type[Op], int], tuple[float, int]] = {
     (Softmax, 8): (1 / 256, -128),
     (Sigmoid, 8): (1 / 256, -128),
     (Tanh, 8): (1 / 128, 0),
+    (Sigmoid, 16): (OUTPUT_SCALE, 0),
+    (Tanh, 16): (OUTPUT_SCALE, 0),
 }
 
 
@@ -125,7 +128,7 @@ class SelectQFormats(Pass):
 
 
 def _clips(target: Target) -> bool:
-    """Whether results that do not fit are cut off. Where they wrap, or become zero, twice the observed range has room."""
+    """Whether results that do not fit are cut off. Where they wrap, or become zero, twice the range has room."""
     return target.requantization.overflow in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC)
 
 

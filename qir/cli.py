@@ -20,7 +20,7 @@ from qir.ir import Graph, Stage
 from qir.pass_manager import Dump, Feeds, Instrument, PassContext, Progress, Timing
 from qir.proof import prove
 from qir.report import constant_bytes, fields_text, pass_table, progress_bar, size_text
-from qir.serialization import whole_folder, write_graph
+from qir.serialization import whole_folder, write_bytes, write_graph
 from qir.verifier import find_faults, verify
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_override,
         metavar="PATTERN:BITS",
-        help="widths for ops whose results or locations match: fc*:8, or fc*:w4 for weights alone, fc*:a16 for results; "
+        help="widths for ops whose results or locations match: fc*:8, fc*:w4 for weights alone, fc*:a16 for results; "
         "repeatable, the last match counts",
     )
     make.add_argument("--dump-ir", metavar="DIR", help="folder to write the graph to after every pass")
@@ -96,11 +96,29 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--output", required=True, metavar="FILE", help=".npz file to write the outputs to")
     run.add_argument("--integer", action="store_true", help="write the raw integers instead of the reals")
 
+    compare = add("compare", _compare, "Show where a model differs from target to target, and by which rule.")
+    compare.add_argument("model", help="an .onnx file, or a .qir text at stage float")
+    compare.add_argument(
+        "--targets",
+        required=True,
+        metavar="A,B,...",
+        help="names of targets, or paths of .toml files, apart by commas; the others are compared with the first",
+    )
+    compare.add_argument("--inputs", metavar="FILE", help="samples to compare on (default: those of the calibration)")
+    compare.add_argument(
+        "--samples", type=int, default=64, metavar="N", help="how many of them, the first ones (default: %(default)s)"
+    )
+    compare.add_argument("-o", "--output", metavar="FILE", help="write all numbers here too, as JSON")
+    _add_input_options(compare)
+
     plan = add("plan", _plan, "Show the buffers and the kernels chosen on this host.")
     plan.add_argument("program", help="folder of the program")
 
     targets = add("targets", _targets, "List the targets, or print the contract of one.")
     targets.add_argument("name", nargs="?", help="name of a target, or path of its .toml file")
+    targets.add_argument(
+        "--check", action="store_true", help="hold the target's kernels to vectors that are made from its contract"
+    )
 
     check = add("check", _check, "Parse, verify and prove again what was compiled.")
     check.add_argument("program", help="folder of the program, or a .qir text")
@@ -239,12 +257,32 @@ def _watched(feeds: Sequence[Mapping[str, Any]], name: str, progress: Progress) 
         progress(name, place + 1, len(feeds))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    graph = _read_model(arguments.model, arguments.shape)
+    calibration = _read_calibration(arguments.calibration, graph)
+    inputs = split_samples(graph.inputs, read_npz(arguments.inputs)) if arguments.inputs else None
+    targets = [name.strip() for name in arguments.targets.split(",")]
+    with progress_bar() as progress:
+        found = qir.compare(graph, targets, calibration, inputs, samples=arguments.samples, progress=progress)
+    if arguments.output:
+        write_bytes(Path(arguments.output), found.to_json().encode())
+    print(found)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     print(qir.load(arguments.program).plan())
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    if arguments.name:
+    if arguments.check:
+        if not arguments.name:
+            raise QirError("--check is of one target; name it, or give the path of its .toml file")
+        from qir.testing import check_backend
+
+        with progress_bar() as progress:
+            report = check_backend(arguments.name, progress=progress)
+        print(report)
+    elif arguments.name:
         print(qir.load_target(arguments.name), end="")
     else:
         print(fields_text([(name, qir.load_target(name).description) for name in find_backends()]))

@@ -22,16 +22,23 @@ from qir.integer_functions import (
     rescale_multiplier,
     tanh,
 )
+from qir.integer_functions_16 import OUTPUT_SCALE, logistic_16, tanh_16
 from qir.ir import Op, Value
 from qir.ops.fixed_elementwise import Table
 from qir.ops.fixed_rescale import quantize_reals
 from qir.ops.float_elementwise import HardSigmoid, HardSwish, LeakyRelu, PRelu, Sigmoid, Tanh
 from qir.passes.lowering.context import IntArray, Lowering, NoIntegerForm, scale_of
 from qir.target import FunctionRule
-from qir.types import S8, FixedPointType, QuantizedType, TensorType, affine, container_bounds, fixed_point, integer
+from qir.types import S8, S16, FixedPointType, QuantizedType, TensorType, affine, container_bounds, fixed_point, integer
 
 _FORMS = (RequantizeForm.DOUBLE_ROUND, RequantizeForm.SINGLE_ROUND, RequantizeForm.NEON)
-_NATIVE = {Sigmoid: affine(S8, 1 / 256, -128), Tanh: affine(S8, 1 / 128, 0)}
+_NATIVE = {
+    (Sigmoid, 8): affine(S8, 1 / 256, -128),
+    (Tanh, 8): affine(S8, 1 / 128, 0),
+    (Sigmoid, 16): affine(S16, OUTPUT_SCALE),
+    (Tanh, 16): affine(S16, OUTPUT_SCALE),
+}
+_OF_16_BITS = (LeakyRelu, Sigmoid, Tanh)
 
 
 def lower_function(b: Lowering, op: Op) -> None:
@@ -73,10 +80,8 @@ def _native(b: Lowering, op: Op, slope: Value | None) -> tuple[QuantizedType, In
     """TensorFlow Lite's entries [rows, values], and the format that they are in."""
     x = op.operands[0]
     storage, zero, final = b.format_of(x).storage, b.zero(x), b.format_of(op.result)
-    if storage.bits != 8 and not (storage.bits == 16 and isinstance(op, LeakyRelu)):
-        raise NoIntegerForm(
-            f"its operand has {storage.bits} bits, and tables of 8-bit operands are what the target has"
-        )
+    if storage.bits != 8 and not (storage.bits == 16 and isinstance(op, _OF_16_BITS)):
+        raise NoIntegerForm(f"the target has no table for it of operands of {storage.bits} bits")
     lo, hi = container_bounds(storage.bits, storage.signed)
     q = np.arange(lo, hi + 1, dtype=np.int64)[None]
     rescale = b.target.requantization.of("rescale").form
@@ -88,10 +93,13 @@ def _native(b: Lowering, op: Op, slope: Value | None) -> tuple[QuantizedType, In
         slopes = b.integers(slope).astype(np.int64).reshape(-1, 1)
         return final, prelu(q, zero, slopes, b.zero(slope), above, below, output_zero, form)
     match op:
+        case Sigmoid() | Tanh() if storage.bits == 16:
+            function = logistic_16 if isinstance(op, Sigmoid) else tanh_16
+            return _NATIVE[type(op), 16], function(q - zero, input_scale)
         case Sigmoid():
-            return _NATIVE[Sigmoid], logistic(q, zero, prepare_sigmoid(input_scale))
+            return _NATIVE[Sigmoid, 8], logistic(q, zero, prepare_sigmoid(input_scale))
         case Tanh():
-            return _NATIVE[Tanh], tanh(q, zero, prepare_sigmoid(input_scale))
+            return _NATIVE[Tanh, 8], tanh(q, zero, prepare_sigmoid(input_scale))
         case HardSwish():
             return final, hard_swish(q, zero, prepare_hard_swish(input_scale, output_scale), output_zero)
         case LeakyRelu():

@@ -298,7 +298,9 @@ class _Writer:
 
     def check_native(self, kind: str, op: Op) -> None:
         """Some ops have one output format, and the runtime does not look whether the file states it."""
-        if self.format(op.result) != _NATIVE.get(kind, self.format(op.result)):
+        storage = storage_of(op.result.type.element)
+        assert storage is not None
+        if self.format(op.result) != _NATIVE.get((kind, storage.bits), self.format(op.result)):
             raise NotTflite(f"{op.describe()} is not in the only format that {kind} has")
 
     def table(self, op: Op) -> None:
@@ -421,4 +423,10 @@ _TABLES: Mapping[type[Op], str] = {
     Tanh: "TANH",
 }
 
-_NATIVE = {"LOGISTIC": (1 / 256, -128), "SOFTMAX": (1 / 256, -128), "TANH": (1 / 128, 0)}
+_NATIVE = {
+    ("LOGISTIC", 8): (1 / 256, -128),
+    ("SOFTMAX", 8): (1 / 256, -128),
+    ("TANH", 8): (1 / 128, 0),
+    ("LOGISTIC", 16): (2.0**-15, 0),
+    ("TANH", 16): (2.0**-15, 0),
+}

@@ -51,7 +51,7 @@ WEIGHTS = S8.narrowed(-127, 127)
 MAP = (1, 8, 36, 36)
 SAMPLES = 3  # where the batch is N
 
-Ints = npt.NDArray[np.int8]
+Ints = npt.NDArray[Any]
 Reals = npt.NDArray[np.float32]
 Bounds = tuple[float, float] | None
 
@@ -89,10 +89,10 @@ class Case:
         return map_values(builder.finish([result], ["y"]), lambda v: {"range": Interval(-1.0, 1.0)})
 
 
-def check(case: Case, seed: int = 0) -> None:
-    """Lower the case, run it on both, and compare every bit."""
+def check(case: Case, seed: int = 0, target: str = "arm-neon", steps: float = 2) -> None:
+    """Lower the case, run it on both, and compare every bit. Reals are met to so many steps of the result."""
     typed = case.typed()
-    context = PassContext(load_target("arm-neon"))
+    context = PassContext(load_target(target))
     fixed = parse_pipeline("legalize,range-analysis,insert-saturation").run(typed, context)
     runtime = MicroRuntime(graph_to_tflite(fixed, typed, SAMPLES))
     program, rng, outputs = Program(fixed), np.random.default_rng(seed), 0
@@ -102,28 +102,29 @@ def check(case: Case, seed: int = 0) -> None:
         theirs = runtime.run(*feeds.values())[0]
         np.testing.assert_array_equal(program.run_integer(feeds)["y"], theirs)
         np.testing.assert_array_equal(interpret(fixed, feeds)["y"], theirs)
-        _assert_meant(typed, feeds, theirs)
+        _assert_meant(typed, feeds, theirs, steps)
         for wrong in blurred if case.sharp else ():
             blurred[wrong] += int((interpret(wrong, feeds)["y"] != theirs).sum())
         outputs += theirs.size
     assert not case.sharp or min(blurred.values()) > 0, "the scales do not tell the roundings apart"
 
 
-def _assert_meant(typed: Graph, feeds: Mapping[str, Ints], found: npt.NDArray[Any]) -> None:
-    """The runtime was told the right op: its reals are those of the typed graph, but for a step or two of rounding."""
+def _assert_meant(typed: Graph, feeds: Mapping[str, Ints], found: npt.NDArray[Any], steps: float) -> None:
+    """The runtime was told the right op: its reals are those of the typed graph, but for a few steps of rounding."""
     expected = interpret(typed, {v.name: dequantize_array(feeds[v.name], v.type.element) for v in typed.inputs})["y"]
     element = typed.outputs[0].type.element
     if not isinstance(element, AffineType):
         np.testing.assert_array_equal(found, expected)
         return
     gap = np.abs(dequantize_array(found, element).astype(np.float64) - expected)
-    assert gap.max() <= 2 * float(element.scale.data)
+    assert gap.max() <= steps * float(element.scale.data)
 
 
 def _draw(shape: Shape, element: AffineType, span: int, rng: np.random.Generator) -> Ints:
-    zero = int(element.zero_point.data)
+    zero, storage = int(element.zero_point.data), element.storage
     concrete = TensorType(shape).concrete(SAMPLES)
-    return rng.integers(max(zero - span, -128), min(zero + span, 127), concrete, endpoint=True).astype(np.int8)
+    ends = max(zero - span, storage.lo), min(zero + span, storage.hi)
+    return rng.integers(*ends, concrete, endpoint=True).astype(storage.dtype)
 
 
 def _rounded_otherwise(graph: Graph, form: RequantizeForm) -> Graph:

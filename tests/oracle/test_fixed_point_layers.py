@@ -1,4 +1,4 @@
-"""Whole layers of the fixed-point targets, as the contract writes them: against the ITU operators and g++'s ap_fixed."""
+"""Whole layers of the fixed-point targets, as the contract writes them, against the ITU operators and ap_fixed."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from qir.fixed_point import (
     wrap,
 )
 from qir.integer_functions import Multiplier
+from qir.integer_functions_16 import logistic_16, tanh_16
 
 Array = npt.NDArray[Any]
 F32 = np.float32
@@ -352,51 +353,6 @@ def test_leaky_relu(alpha: float) -> None:
             got = run(one_op("LEAKY_RELU", [(INT16.shape, q)], (INT16.shape, out), alpha=alpha), INT16)
             expected = functions.leaky_relu(INT16.astype(np.int64), zero, *parameters, out_zero)
             assert np.array_equal(got, saturate(expected, I16_MIN, I16_MAX))
-
-
-def logistic(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-x)))
-
-
-def logistic_table() -> Array:
-    """Logistic at every 24th, in Q0.16, lifted by half of what a line to the next entry lacks midway."""
-    at = np.arange(256) / 24
-    sag = logistic(at + 1 / 48) - (logistic(at) + logistic(at + 1 / 24)) / 2
-    table = np.floor(65536 * (logistic(at) + sag / 2) + 0.5).astype(np.int64)
-    table[255] = 65535
-    return table
-
-
-def table_input(x: Array, scale: float, power_of_two_shifts: tuple[int, ...]) -> Array:
-    """The input in steps of 1 / (3 * 4096). A factor is truncated to 15 bits, but a power of two in reach is exact."""
-    power = round(math.log2(scale)) + 12
-    if power in power_of_two_shifts and scale == 2.0 ** (power - 12):
-        return x * (3 << power)
-    factor, shift = scale * 4096 * 3, 0
-    while factor <= 32767 / 2 and shift <= 30:
-        factor, shift = factor * 2, shift + 1
-    return np.asarray(round_shift(x * int(factor), shift, Rounding.HALF_UP))
-
-
-def interpolated(table: Array, magnitude: Array, bits: int, beyond: int) -> Array:
-    index = np.minimum(magnitude >> bits, 254)
-    part = magnitude & ((1 << bits) - 1)
-    between = (table[index] << bits) + part * (table[index + 1] - table[index])
-    return np.where(magnitude >> bits >= 255, beyond, between)
-
-
-def logistic_16(x: Array, scale: float) -> Array:
-    """Scale 2^-15."""
-    steps = table_input(x, scale, (0,))
-    result = interpolated(logistic_table(), np.abs(steps), 9, 0x7FFF << 10)
-    return np.asarray(np.where(steps >= 0, result + 512, (1 << 25) - result + 511) >> 10)
-
-
-def tanh_16(x: Array, scale: float) -> Array:
-    """2 * logistic(2x) - 1, at scale 2^-15."""
-    steps = table_input(x, scale, (0, 1))
-    result = interpolated(logistic_table(), np.abs(steps), 8, 0xFFFF << 8) - (1 << 23)
-    return np.asarray(np.where(steps >= 0, result + 128, 127 - result) >> 8)
 
 
 @pytest.mark.parametrize(("kind", "function"), [("LOGISTIC", logistic_16), ("TANH", tanh_16)])

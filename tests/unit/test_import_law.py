@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 # A module or subpackage of qir may import from its own layer and from those above it in this table.
 LAYERS = (
-    ("errors", "arrays", "types", "fixed_point", "integer_functions", "interval"),
+    ("errors", "arrays", "types", "fixed_point", "integer_functions", "integer_functions_16", "interval"),
     ("ir",),
     ("opdef",),
     ("ops",),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
     ("passes", "backends"),
-    ("program", "compiler"),
+    ("program", "compiler", "comparison"),
     ("__init__", "testing"),
     ("feeds", "report", "demo", "cli"),
 )
