@@ -49,7 +49,7 @@ def _table() -> npt.NDArray[Any]:
 
 
 def _steps(x: Integers, input_scale: Scale, exact_powers: tuple[int, ...]) -> Integers:
-    """The operand in steps of 1 / (3 * 4096). Factors are truncated to 15 bits, but a power of two in reach is exact."""
+    """The operand in steps of 1 / (3 * 4096). Factors are truncated to 15 bits, but some powers of two are exact."""
     scale = float(np.float32(input_scale))
     power = round(math.log2(scale)) + 12
     if power in exact_powers and scale == 2.0 ** (power - 12):

@@ -1,4 +1,4 @@
-"""A real model on every target that ships: compiled, verified, saved, read back, run by kernels and by the interpreter."""
+"""A real model on every target that ships: compiled, verified, read back, run by kernels and by the interpreter."""
 
 from __future__ import annotations
 
