@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -43,6 +44,25 @@ def test_every_output_bit_is_that_of_xnnpack(name: str) -> None:
     theirs = run_litert(file, feeds["x"], kernels=Kernels.XNNPACK)
     assert ours.shape == theirs.shape == (1000, 10)
     assert int((ours != theirs).sum()) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_output_bit_is_that_of_litert_where_fully_connected_rounds_otherwise(name: str, tmp_path: Path) -> None:
+    """LiteRT's reference kernels requantize fully connected layers in float64: a contract of three lines says so."""
+    path = tmp_path / "litert.toml"
+    path.write_text(
+        'name = "litert"\ndescription = "LiteRT, reference kernels"\ninherits = "arm-neon"\n'
+        '[requantization.matmul]\nform = "double_away"\n'
+    )
+    model = compiled(name, str(path))
+    feeds = integer_feeds(model.program.graph, {"x": labelled_images()[0][:1000]})
+    ours = model.program.run_integer(feeds)["logits"]
+    file = graph_to_tflite(model.program.graph, model.typed, batch=1000)
+    theirs = run_litert(file, feeds["x"], kernels=Kernels.REFERENCE)
+    assert ours.shape == theirs.shape == (1000, 10)
+    assert int((ours != theirs).sum()) == 0
+    rounded_twice = compiled(name).program.run_integer(feeds)["logits"]
+    assert bool((rounded_twice != theirs).any())  # the two rules do differ
 
 
 @pytest.mark.parametrize("name", NAMES)
