@@ -207,7 +207,7 @@ def _batched_product(op: FixedMatMul) -> _Source | None:
     places, shift, padding = np.arange(inner, dtype=np.int64), max(op.shift, 0), -inner % _QUAD
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor], number: np.dtype[Any]) -> tuple[_Terms, Call | None]:
-        left, right = inputs
+        left, right = inputs[:2]
         rows = left.shape[-2]
         starts, which = broadcast_places(left.shape[:-2], right.shape[:-2])
         weights, used = scratch[0], scratch[0][..., :inner, :]

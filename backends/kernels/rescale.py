@@ -74,7 +74,7 @@ def rescale_of(op: Requantize, facts: Facts) -> Rescale | None:
         limits = -WIDEST, WIDEST  # the loop narrows in every mode
     x_zero = zero_along_last(op.operands[0].type)
     zero = zero_along_last(op.result.type)
-    if limits is None or x_zero is None or zero is None or op.input_shift < 0 or op.storage.bits > 32:
+    if limits is None or x_zero is None or zero is None or op.input_shift < 0 or op.storage.bits > 62:
         return None
     parts = _Parts(op, x_zero, zero, limits)
     if op.form in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON):
@@ -118,6 +118,8 @@ def _twice(op: Requantize, parts: _Parts) -> Rescale | None:
     multiplier, shift = op.multiplier.data, op.shift.data
     int32 = np.iinfo(np.int32)
     low, high = np.maximum(parts.low, int32.min), np.minimum(parts.high, int32.max)
+    if op.storage.bits > 32:  # the loop adds the zero point in 32 bits
+        return None
     if not fits(multiplier, np.int32) or bool((shift < -31).any()) or bool((low > high).any()):
         return None
     if not fits(parts.zero, np.int32) or not fits(parts.x_zero, np.int32):

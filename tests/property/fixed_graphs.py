@@ -227,7 +227,7 @@ class FixedMaker:
         multiplier = self.random.choice(multipliers, count)
         if form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
             multiplier = np.ldexp(self.random.choice(np.array([1.0, 1.5, self.random.uniform(1, 2)]), count), shift)
-        result = self.element()
+        result = self.element((*STORAGES, *STORAGES, S32, integer(40)))
         kept = storage_of(result)
         assert kept is not None
         return self.emit(
