@@ -15,6 +15,7 @@ from qir.backend import Backend, load_target
 from qir.calibration import Calibration, Histogram
 from qir.errors import (
     CalibrationError,
+    ConformanceError,
     Diagnostic,
     ImportModelError,
     ParseError,
@@ -49,6 +50,8 @@ from qir.types import AffineType, FixedPointType, FloatType, IntegerType, Tensor
 from qir.verifier import verify
 
 if TYPE_CHECKING:
+    from qir.comparison.comparer import compare
+    from qir.comparison.result import Comparison
     from qir.compiler import compile  # noqa: A004
     from qir.frontend.onnx_import import import_onnx
     from qir.passes.calibrate import observe
@@ -63,6 +66,8 @@ __all__ = [
     "Backend",
     "Calibration",
     "CalibrationError",
+    "Comparison",
+    "ConformanceError",
     "Diagnostic",
     "Differential",
     "Dump",
@@ -96,6 +101,7 @@ __all__ = [
     "Value",
     "Verifier",
     "VerifyError",
+    "compare",
     "compile",
     "default_pipeline",
     "import_onnx",
@@ -113,7 +119,9 @@ __all__ = [
 ]
 
 _LATE = {
+    "Comparison": "qir.comparison.result",
     "Program": "qir.program",
+    "compare": "qir.comparison.comparer",
     "compile": "qir.compiler",
     "default_pipeline": "qir.passes.pipelines",
     "import_onnx": "qir.frontend.onnx_import",

@@ -62,9 +62,32 @@ def find_backends() -> Mapping[str, Backend]:
         if not isinstance(backend, Backend):
             raise TargetError(f"backend plugin {point.name!r} ({point.value}) is no qir.backend.Backend")
         if backend.name in found:
-            raise TargetError(f"backend plugin {point.name!r} claims the name {backend.name!r}, which is taken")
+            raise TargetError(
+                f"backend plugin {point.name!r} ({point.value}) claims the name {backend.name!r}, which is taken"
+            )
         found[backend.name] = backend
     return found
+
+
+def plugin_for(target: str) -> Backend | None:
+    """The installed plugin for the target of a compiled graph.
+
+    None where that ships with qir or is not installed here: a graph says all that it computes without its target.
+    Raises TargetError as `find_backends` does.
+    """
+    if not target or target in shipped_backends():
+        return None
+    return find_backends().get(target)
+
+
+def load_backend(name: str | Path) -> Backend:
+    """The backend of this name; of a `.toml` file, one that is nothing but its contract.
+
+    Raises TargetError when the name is unknown or the file is malformed.
+    """
+    if _is_path(name):
+        return Backend(load_target(name).name, Path(name))
+    return _backend(str(name))
 
 
 def load_target(name: str | Path) -> Target:

@@ -52,6 +52,10 @@ class RunError(QirError):
     """A program was given feeds whose names, shapes or types do not fit, or it cannot run them."""
 
 
+class ConformanceError(QirError):
+    """A backend does not compute what its contract says; the message lists every failed check."""
+
+
 @dataclass(frozen=True)
 class Diagnostic:
     """One finding about a graph: `place` names the op or value, `message` the reason and the mend."""

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qir.backend import Backend, plugin_for
 from qir.backends.kernels.executor import Executor
 from qir.backends.kernels.kernel import Facts, dtype_of
 from qir.backends.kernels.plan import Buffer, Layout, lay_out
+from qir.backends.kernels.select import own_kernels
 from qir.errors import Diagnostic, QirError, VerifyError
 from qir.interpreter import check_feeds
 from qir.ir import Graph, Stage, Value
@@ -90,10 +92,14 @@ class Program:
     A batch of any size runs in chunks whose buffers take at most 2 MiB, but of one sample at least, in memory that is
     kept from call to call. Threads may share a program; they take turns.
 
-    Raises VerifyError when what the graph states is not so or ranges are not stated, and QirError at another stage.
+    The kernels of `backend`, where it has some for an op, come before those of qir; by default it is the installed
+    plugin that the graph names as its target, if there is one. The bits are the same.
+
+    Raises VerifyError when what the graph states is not so or ranges are not stated, QirError at another stage, and
+    TargetError for a plugin that fails.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, backend: Backend | None = None) -> None:
         if graph.stage is not Stage.FIXED:
             raise QirError(f"graph @{graph.name} is at stage {graph.stage}; a program runs stage fixed: run legalize")
         proof = prove(graph)
@@ -103,7 +109,8 @@ class Program:
             raise VerifyError(missing, graph.name)
         self.graph = graph
         self._facts = Facts(graph.constants, proof)
-        self._executor = Executor(lay_out(graph, self._facts, keep_all=False), self._facts)
+        self._own = own_kernels(graph, self._facts, plugin_for(graph.target) if backend is None else backend)
+        self._executor = Executor(lay_out(graph, self._facts, keep_all=False, own=self._own), self._facts)
         self._tracer: Executor | None = None
 
     def run(self, feeds: Feeds, progress: Progress | None = None) -> dict[str, Tensor]:
@@ -121,7 +128,8 @@ class Program:
     def trace(self, feeds: Feeds) -> dict[str, Tensor]:
         """Every value by name as the kernels compute it, unfused, constants included; feeds and errors as of `run`."""
         if self._tracer is None:
-            self._tracer = Executor(lay_out(self.graph, self._facts, keep_all=True), self._facts)
+            layout = lay_out(self.graph, self._facts, keep_all=True, own=self._own)
+            self._tracer = Executor(layout, self._facts)
         return self._run(self._tracer, feeds, {v.name: v for v in self.graph.values()}, as_reals=False)
 
     def _outputs(self) -> dict[str, Value]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,7 +24,8 @@ from qir.types import IntegerType, integer
 #: Activations and weights have at most this many bits.
 MOST_BITS: Final = 16
 _FLOAT_FORMS: Final = frozenset({RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY})
-_FORMS_OF_32_BITS: Final = frozenset({RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON})
+#: Forms that take a register of 32 bits, and wrap what is wider.
+FORMS_OF_32_BITS: Final = frozenset({RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON})
 
 
 class ContractError(QirError):
@@ -69,6 +72,13 @@ class SumRule(enum.StrEnum):
     FLOAT32 = "float32"  # dequantized, added in float32, quantized: one IEEE operation each
     BINARY_POINT = "binary_point"  # both shifted to the finer binary point, then the sum to its own
     MULTIPLIERS = "multipliers"  # times integer multipliers, then one shift with ties up: XNNPACK
+
+
+class ProductRule(enum.StrEnum):
+    """How two tensors are multiplied element by element."""
+
+    INTEGER = "integer"  # the exact product, requantized
+    FLOAT32 = "float32"  # dequantized, multiplied in float32, quantized
 
 
 class AverageRule(enum.StrEnum):
@@ -118,7 +128,9 @@ class Operand:
                 raise ContractError("narrow_range", "only signed integers have a narrow range")
             low, high = self._bounds(bits)
             if low >= high:
-                raise ContractError("bits", f"{bits} bits leave but the integer {high}; allow a wider range")
+                raise ContractError("bits", f"a width of {bits} leaves but the integer {high}; allow a wider range")
+            if high <= 0 and self.scheme is Scheme.SYMMETRIC:
+                raise ContractError("bits", f"a width of {bits} leaves nothing above zero; allow a wider range")
         if self.default is not None and self.default not in self.bits:
             raise ContractError("default", f"{self.default} is none of the widths {list(self.bits)}")
         if self.scales is Scales.POWER_OF_TWO and self.scheme is Scheme.AFFINE:
@@ -130,6 +142,11 @@ class Operand:
         if self.reduce_range:
             lo, hi = lo // 2, hi // 2
         return (-hi, hi) if self.narrow_range else (lo, hi)
+
+    @property
+    def leaves_out(self) -> str:
+        """The field by which some integers of the width are never used, or nothing."""
+        return "reduce_range" if self.reduce_range else "narrow_range" if self.narrow_range else ""
 
     def storage(self, bits: int) -> IntegerType:
         """The integer type of this width."""
@@ -268,6 +285,13 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class Multiplication:
+    """How two tensors are multiplied; the requantization of the rule `integer` is that of the kind `mul`."""
+
+    rule: ProductRule = ProductRule.INTEGER
+
+
+@dataclass(frozen=True)
 class Pooling:
     """How an average is taken; `rounding` is that of the rule `integer`."""
 
@@ -330,6 +354,11 @@ class Costs:
     def __post_init__(self) -> None:
         if self.rule is CostRule.BIT_OPERATIONS and self.mac:
             raise ContractError("mac", "a table belongs to rule = table")
+        for pair, cost in self.mac.items():
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", pair):
+                raise ContractError(f"mac.{pair}", 'a cost is that of bits of weight and activation, such as "8x16"')
+            if not (math.isfinite(cost) and cost >= 0):
+                raise ContractError(f"mac.{pair}", f"a cost is finite and not negative, not {cost}")
 
     def of_mac(self, weight_bits: int, activation_bits: int) -> float:
         """The cost of one multiply-accumulate."""
@@ -361,27 +390,31 @@ class Target:
     costs: Costs
     bias_bits: int | None = None
     product: Product = field(default_factory=Product)
+    multiplication: Multiplication = field(default_factory=Multiplication)
     weight_only: WeightOnly | None = None
     memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        for fault in (*self._widths(), *self._scales(), *self._floats()):
+        for fault in (*self._widths(), *self._scales(), *self._sums(), *self._floats()):
             raise fault
 
     def _widths(self) -> Iterator[ContractError]:
         for a in self.activations.bits:
             for w in self.weights.bits:
                 if self.costs.rule is CostRule.TABLE and f"{w}x{a}" not in self.costs.mac:
-                    pair = f"{w}-bit weight times a {a}-bit activation"
-                    yield ContractError("costs.mac", f'"{w}x{a}" is missing, the cost of a {pair}')
+                    pair = f"weights of {w} bits times activations of {a}"
+                    yield ContractError("costs.mac", f'"{w}x{a}" is missing, the cost of {pair}')
         bits = self.accumulator.bits
         if self.bias_bits is not None and not 2 <= self.bias_bits <= (bits if isinstance(bits, int) else 64):
             yield ContractError("bias_bits", "a bias has 2 bits or more and is no wider than the accumulator")
         for kind in ("conv", "matmul"):
             form = self.requantization.of(kind).form
-            if form in _FORMS_OF_32_BITS and (isinstance(bits, Width) or bits > 32):
+            if form in FORMS_OF_32_BITS and (isinstance(bits, Width) or bits > 32):
                 key = "form" if getattr(self.requantization, kind) is None else f"{kind}.form"
                 yield ContractError(f"requantization.{key}", f"{form} takes 32 bits, the accumulator has {bits}")
+        narrowest = min(self.activations.bits)
+        if isinstance(bits, int) and self.accumulator.rounding is None and bits < narrowest + 2:
+            yield ContractError("accumulator.bits", f"{bits} bits hold no sums of activations of {narrowest} bits")
         own_product = self.product.bits is not Width.EXACT
         if self.product.bits is Width.ACCUMULATOR and bits is Width.PROVED:
             yield ContractError(
@@ -391,6 +424,14 @@ class Target:
             yield ContractError("product.bits", "an accumulator of the proved width takes exact products")
         if self.weight_only is not None and set(self.weight_only.bits) & set(self.weights.bits):
             yield ContractError("weight_only.bits", "a width is either for integer products or for weights alone")
+        if self.requantization.overflow is Overflow.WRAP and self.activations.leaves_out:
+            key = f"activations.{self.activations.leaves_out}"
+            yield ContractError(
+                key, "results that wrap use all of their bits; requantization.overflow says that they do"
+            )
+        for name, size in self.memory.items():
+            if size < 1:
+                yield ContractError(f"memory.{name}", f"a memory has at least one byte, not {size}")
 
     def _scales(self) -> Iterator[ContractError]:
         powers = self.activations.scales is Scales.POWER_OF_TWO
@@ -399,15 +440,29 @@ class Target:
         for key, rule in self.requantization.each():
             if rule.form is RequantizeForm.SHIFT and not powers:
                 yield ContractError(f"requantization.{key}form", "shift needs power_of_two scales")
-        if self.addition.rule is SumRule.BINARY_POINT and not powers:
-            yield ContractError("addition.rule", "binary_point needs power_of_two scales")
-        form = self.requantization.of("add").form
-        if self.addition.rule is SumRule.COMMON_SCALE and form in (RequantizeForm.SHIFT, *_FLOAT_FORMS):
-            yield ContractError("addition.rule", f"common_scale rescales by integer multipliers, not by {form}")
+        if self.functions.rule is FunctionRule.TENSORFLOW_LITE and powers:
+            yield ContractError("functions.rule", "tensorflow_lite has zero points, which power_of_two scales have not")
         if self.accumulator.rounding is not None and not powers:
             yield ContractError("accumulator.rounding", "only power_of_two scales have fraction bits to round")
         if self.product.bits is Width.ACCUMULATOR and self.accumulator.rounding is None and powers:
             yield ContractError("product.bits", "a product that is cast to the accumulator needs accumulator.rounding")
+
+    def _sums(self) -> Iterator[ContractError]:
+        rule, own = self.addition.rule, self.requantization
+        if rule is SumRule.BINARY_POINT and self.activations.scales is not Scales.POWER_OF_TWO:
+            yield ContractError("addition.rule", "binary_point needs power_of_two scales")
+        if own.add is not None and rule in (SumRule.FLOAT32, SumRule.MULTIPLIERS):
+            yield ContractError("requantization.add", f"addition.rule = {rule} requantizes no sums")
+        if own.mul is not None and self.multiplication.rule is ProductRule.FLOAT32:
+            yield ContractError("requantization.mul", "multiplication.rule = float32 requantizes no products")
+        bits, form = min(self.activations.bits), self.requantization.of("add").form
+        if rule is SumRule.MULTIPLIERS and bits > 8:
+            yield ContractError("addition.rule", f"multipliers takes activations of 8 bits at most, not {bits}")
+        if rule is SumRule.COMMON_SCALE and form in (RequantizeForm.SHIFT, *_FLOAT_FORMS):
+            yield ContractError("addition.rule", f"common_scale rescales by integer multipliers, not by {form}")
+        if rule is SumRule.COMMON_SCALE and bits + self.addition.left_shift > 31:
+            shift = self.addition.left_shift
+            yield ContractError("addition.left_shift", f"{bits} bits at a left shift of {shift} do not fit 32 bits")
 
     def _floats(self) -> Iterator[ContractError]:
         if self.floating_point:
@@ -417,6 +472,8 @@ class Target:
                 yield ContractError(f"requantization.{key}form", f"{rule.form} needs floating_point = true")
         if self.addition.rule is SumRule.FLOAT32:
             yield ContractError("addition.rule", "float32 needs floating_point = true")
+        if self.multiplication.rule is ProductRule.FLOAT32:
+            yield ContractError("multiplication.rule", "float32 needs floating_point = true")
         if self.pooling.average is AverageRule.FLOAT32:
             yield ContractError("pooling.average", "float32 needs floating_point = true")
         if self.weight_only is not None:
@@ -456,6 +513,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
-        escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+        escaped = re.sub(r'[\x00-\x1f"\\\x7f]', lambda found: f"\\u{ord(found[0]):04x}", value)
         return f'"{escaped}"'
     return repr(value)

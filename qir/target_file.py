@@ -17,6 +17,8 @@ from qir.target import ContractError, Target
 
 #: The key that names the target whose fields a file starts from.
 INHERITS: Final = "inherits"
+#: The word that takes an inherited field away which need not be there.
+ABSENT: Final = "none"
 
 Parents = Callable[[str, Path], Path]
 
@@ -65,11 +67,14 @@ def _merged(text: str, path: Path, parents: Parents, seen: tuple[Path, ...]) -> 
             loader.fail((INHERITS,), f"a target that inherits needs a {name} of its own")
     try:
         file = parents(parent, path)
+        inherited = _text(file)
     except TargetError as fault:
         loader.fail((INHERITS,), str(fault))
     if file.resolve() in (path.resolve(), *seen):
         loader.fail((INHERITS,), f"{parent!r} inherits from this target in turn")
-    return _over(_merged(_text(file), file, parents, (*seen, path.resolve())), own)
+    base = _merged(inherited, file, parents, (*seen, path.resolve()))
+    _Loader(inherited, str(file)).target(base)  # a fault of the parent is reported where it stands
+    return _over(base, own)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +84,15 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
+
+
+_BARE = r"""[\w-]+|"[^"]*"|'[^']*'"""
+_HEADER: Final = re.compile(rf"\s*\[\[?\s*((?:{_BARE})(?:\s*\.\s*(?:{_BARE}))*)\s*\]")
+_KEY: Final = re.compile(rf"\s*((?:{_BARE})(?:\s*\.\s*(?:{_BARE}))*)\s*=")
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in re.findall(_BARE, dotted))
 
 
 class _Loader:
@@ -98,18 +112,18 @@ class _Loader:
 
     def line(self, path: tuple[str, ...]) -> int:
         """The line of a key, or of the nearest table around it; else of what is inherited, or 1."""
-        section, best, depth = "", 1, -1
-        wanted, key = ".".join(path[:-1]), path[-1] if path else ""
+        section: tuple[str, ...] = ()
+        best, depth = 1, 0
         for number, line in enumerate(self.lines, 1):
-            header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)
-            if header:
-                section = header[1]
-                parts = tuple(section.split("."))
-                if path[: len(parts)] == parts and len(parts) > depth:
-                    best, depth = number, len(parts)
-            elif section == wanted and re.match(rf"\s*\"?{re.escape(key)}\"?\s*=", line):
-                return number
-            elif depth < 0 and not section and re.match(rf"\s*{INHERITS}\s*=", line):
+            if header := _HEADER.match(line):
+                found = section = _parts(header[1])
+            elif key := _KEY.match(line):
+                found = (*section, *_parts(key[1]))
+            else:
+                continue
+            if path[: len(found)] == found and len(found) > depth:
+                best, depth = number, len(found)
+            elif found == (INHERITS,) and not depth:
                 best = number
         return best
 
@@ -135,7 +149,10 @@ class _Loader:
     def value(self, kind: Any, value: Any, path: tuple[str, ...]) -> Any:
         """A value of the declared kind."""
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            return self.alternative([k for k in typing.get_args(kind) if k is not type(None)], value, path)
+            kinds = typing.get_args(kind)
+            if value == ABSENT and type(None) in kinds:
+                return None
+            return self.alternative([k for k in kinds if k is not type(None)], value, path)
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             if not isinstance(value, dict):
                 self.fail(path, "expected a table")
@@ -146,12 +163,13 @@ class _Loader:
                 self.fail(path, "expected a list")
             return tuple(self.value(typing.get_args(kind)[0], v, path) for v in value)
         if origin is not None and issubclass(origin, Mapping):
+            value = {} if value == ABSENT else value
             if not isinstance(value, dict):
                 self.fail(path, "expected a table")
             item = typing.get_args(kind)[1]
             return types.MappingProxyType({k: self.value(item, v, (*path, k)) for k, v in value.items()})
         if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-            if value not in set(kind):
+            if not isinstance(value, str) or value not in set(kind):
                 self.fail(path, f"{value!r} is not one of {', '.join(kind)}")
             return kind(value)
         if kind is float and type(value) is int:
@@ -166,5 +184,7 @@ class _Loader:
         if words is None or len(kinds) == 1:
             return self.value(kinds[0], value, path)
         if isinstance(value, str):
-            return self.value(words, value, path)
+            if value not in set(words):
+                self.fail(path, f"{value!r} is neither a number nor one of {', '.join(words)}")
+            return words(value)
         return self.value(next(k for k in kinds if k is not words), value, path)

@@ -193,6 +193,14 @@ def fixed_point(storage: IntegerType, exponent: npt.ArrayLike, axis: int | None 
     return FixedPointType(storage, Array(np.asarray(exponent, np.int64), "exponent"), axis)
 
 
+def scaled_by(element: QuantizedType, bits: int) -> QuantizedType:
+    """The same integers at `2**bits` times the scale. Raises QirError when that is no float32."""
+    if isinstance(element, FixedPointType):
+        return fixed_point(element.storage, element.exponent.data + bits, element.axis)
+    scales = np.ldexp(element.scale.data, bits)
+    return affine(element.storage, scales, element.zero_point.data, element.axis)
+
+
 def storage_of(element: ElementType) -> IntegerType | None:
     """The integer storage of an element type, or None for float32."""
     if isinstance(element, FloatType):

@@ -297,9 +297,7 @@ class Lowering(Rewriter):
             )
         )
         step: dict[str, Any] = {"elements": [wide.narrowed(low, high)], "overflow": Overflow.SATURATE}
-        clipped = self.emit(
-            Requantize, [value], **attributes, **step, name=f"{name}.clipped", location=location
-        )
+        clipped = self.emit(Requantize, [value], **attributes, **step, name=f"{name}.clipped", location=location)
         if wide.lo < low and high < wide.hi:
             return self.shifted(clipped, 0, element, name=name, location=location)
         overflow = self.target.requantization.overflow

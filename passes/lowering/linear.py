@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.fixed_point import RequantizeForm
+from qir.fixed_point import RequantizeForm, Rounding
 from qir.ir import Op, Value
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_rescale import QuantizeRule, quantize_array
@@ -17,10 +17,20 @@ from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
 from qir.passes.accumulation import excess_bits, least_weight_scale, sum_scale
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis, spatial_rank_4
+from qir.passes.lowering.factors import Factor
 from qir.passes.lowering.weight_only import lower_weight_only, uses_weights_alone
 from qir.scale_search import power_of_two_from_range
 from qir.target import Product
-from qir.types import AffineType, FixedPointType, TensorType, fixed_point, scale_array, scaled_by, zero_array
+from qir.types import (
+    AffineType,
+    FixedPointType,
+    QuantizedType,
+    TensorType,
+    fixed_point,
+    scale_array,
+    scaled_by,
+    zero_array,
+)
 
 Scales = npt.NDArray[Any]
 
@@ -176,30 +186,66 @@ def lower_mean(b: Lowering, op: Op) -> None:
 def _mean_by_products(
     b: Lowering, op: ReduceMean, value: Value, axes: tuple[int, ...], count: int, *, last: bool
 ) -> None:
-    """A mean on a chip that rescales by shifts alone: a matrix product with weights of 1 / count."""
-    x, name, location = op.operands[0], op.result.name, op.location
+    """A mean on a chip that rescales by shifts alone: a matrix product with weights of 1 / count.
+
+    Where room for the sum would take bits of that weight, the elements are summed first, and the sum, in as many bits
+    as an element has, is multiplied.
+    """
+    x, name = op.operands[0], op.result.name
     shape = value.type.shape
     kept = tuple(i for i in range(len(shape)) if i not in axes)
     rows = b.transpose(value, (*kept, *axes)) if axes != tuple(range(len(kept), len(shape))) else value
     outer = tuple(shape[i] for i in kept)
     rows = b.reshape(rows, (*(outer if len(outer) > 1 else (*outer, 1)), count))
-    storage = b.target.weights.storage(max(b.target.weights.bits))
-    bits = storage.hi.bit_length() + storage.signed
-    whole = float(b.scale(x)) * float(b.format_of(x).storage.hi)  # no mean is larger, and every sum of it must fit
-    least = float(least_weight_scale(b.target, float(b.scale(x)), whole))
-    exponent = power_of_two_from_range(0.0, 1.0 / count, bits, storage.signed)
-    exponent = max(exponent, math.ceil(math.log2(least)))
-    kind = fixed_point(storage, exponent)
-    weight = quantize_array(
-        np.full((count, 1), 1.0 / count, np.float32), kind, QuantizeRule.DIVIDE, b.target.input.rounding
-    )
-    array = Array(weight.astype(storage.dtype), f"{name}.weight")
-    second = b.constant(array, TensorType(array.shape, kind), name=f"{name}.weight")
-    scale = np.asarray(np.ldexp(np.float32(1), exponent))
-    sums = sum_scale(b.target, float(b.scale(x)), scale, op.result.range)
-    total = b.sum_of(FixedMatMul, [rows, second], sums.shift, name=f"{name}.acc", location=location)
-    element = b.format_of(op.result)
-    factor = b.factor("mean", [_entering(b.scale(x), sums.shift), np.float32(scale)], element)
-    mean = b.requantize(total, factor, element, kind="mean", name=f"{name}.mean", location=location)
+    element, scale = b.format_of(op.result), b.scale(x)
+    exponent, finest = _mean_exponent(b, x, scale, count)
+    loses_bits = exponent > finest and not math.ldexp(1.0 / count, -exponent).is_integer()
+    if loses_bits and _holds_sum(b, x, count):
+        up = (count - 1).bit_length()
+        scale = np.float32(np.ldexp(scale, up))
+        kind = fixed_point(b.target.activations.storage(b.format_of(x).storage.bits), _point(scale))
+        total, factor = _times(b, op, rows, b.scale(x), 1.0, 0, kind)
+        rows = b.requantize(total, factor, kind, kind="mean", name=f"{name}.sum", location=op.location)
+        exponent, _ = _mean_exponent(b, x, scale, count)
+    total, factor = _times(b, op, rows, scale, 1.0 / count, exponent, element)
+    mean = b.requantize(total, factor, element, kind="mean", name=f"{name}.mean", location=op.location)
     final = tuple(1 if i in axes else d for i, d in enumerate(shape)) if op.keepdims else outer
     b.result_of(op, b.reshape(mean, final, name=b.claim(op.result)), last=last)
+
+
+def _mean_exponent(b: Lowering, x: Value, scale: np.float32, count: int) -> tuple[int, int]:
+    """The binary point of a weight of 1 / count: the one that leaves room for sums, and the finest that holds it."""
+    storage = b.target.weights.storage(max(b.target.weights.bits))
+    finest = power_of_two_from_range(0.0, 1.0 / count, storage.hi.bit_length() + storage.signed, storage.signed)
+    if b.target.accumulator.rounding is not None:
+        return finest, finest  # sums keep fewer fraction bits instead
+    whole = float(b.scale(x)) * float(b.format_of(x).storage.hi)  # no mean is larger, and every sum of it must fit
+    least = float(least_weight_scale(b.target, float(scale), whole))
+    return max(finest, math.ceil(math.log2(least))), finest
+
+
+def _holds_sum(b: Lowering, x: Value, count: int) -> bool:
+    """Whether the accumulator holds the sum of so many elements, whatever they are."""
+    storage, bits = b.format_of(x).storage, b.target.accumulator.bits
+    return isinstance(bits, int) and count * max(-storage.lo, storage.hi) << b.target.product.shift < 1 << (bits - 1)
+
+
+def _times(
+    b: Lowering, op: ReduceMean, rows: Value, scale: np.float32, real: float, exponent: int, output: QuantizedType
+) -> tuple[Value, Factor]:
+    """The sum of rows times one weight, and the factor from there to an output; `scale` is that of the rows."""
+    storage, name = b.target.weights.storage(max(b.target.weights.bits)), op.result.name
+    kind = fixed_point(storage, exponent)
+    weights = np.full((int(rows.type.shape[-1]), 1), real, np.float32)
+    integers = quantize_array(weights, kind, QuantizeRule.DIVIDE, Rounding.FLOOR)  # no mean may leave its elements
+    array = Array(integers.astype(storage.dtype), f"{name}.weight")
+    second = b.constant(array, TensorType(array.shape, kind), name=f"{name}.weight")
+    step = np.float32(np.ldexp(1.0, exponent))
+    sums = sum_scale(b.target, float(scale), np.asarray(step), op.result.range)
+    total = b.sum_of(FixedMatMul, [rows, second], sums.shift, name=f"{name}.acc", location=op.location)
+    return total, b.factor("mean", [_entering(scale, sums.shift), step], output)
+
+
+def _point(scale: np.float32) -> int:
+    """The exponent of a power of two."""
+    return int(np.frexp(scale)[1]) - 1

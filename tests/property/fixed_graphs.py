@@ -58,7 +58,8 @@ STORAGES = (
     S8.narrowed(3, 17),
     integer(5).narrowed(-9, 11),
 )
-WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8)
+_ODD_WIDTHS = (integer(1), integer(2), integer(3), integer(6), integer(12), integer(1, signed=False))
+WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8, *_ODD_WIDTHS)
 ACCUMULATORS = (S32, S32, S32, S16, integer(13), integer(24), integer(40), S64)
 BATCHES = (0, 1, 3)
 _POWERS = tuple(1 << p for p in range(31))

@@ -135,7 +135,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(maker.finish(draw(st.integers(0, 40))), calibration, calibration[:2])
 
 
-class _Keep:
+class Keep:
     """Keeps the graph of every stage, each read back from its own text."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class _Keep:
 
 def lower(case: Case) -> dict[Stage, Graph]:
     """The last graph of every stage, from the whole pipeline with its verifier."""
-    keep = _Keep()
+    keep = Keep()
     default_pipeline().run(case.graph, PassContext(TARGET, [{"x": case.calibration}]), [Verifier(), keep])
     return keep.last
 
@@ -196,17 +196,18 @@ def noisy_outputs(typed: Graph, x: Tensor, rng: np.random.Generator) -> dict[str
     """The typed graph with every value moved by up to `NOISE` steps, then put on its grid."""
     found: dict[Value, Tensor] = {typed.inputs[0]: x}
     for value in typed.inputs:
-        found[value] = _on_grid(value, found[value])
+        found[value] = on_grid(value, found[value])
     for op in typed.ops:
         for value, array in zip(op.results, evaluate_op(op, [found[v] for v in op.operands]), strict=True):
             if is_quantized(value.type.element) and not isinstance(op, Const):
                 step = np.float32(value.type.element.scale.data)  # type: ignore[union-attr]
                 array = array + rng.uniform(-NOISE, NOISE, array.shape).astype(np.float32) * step
-            found[value] = _on_grid(value, array)
+            found[value] = on_grid(value, array)
     return {name: found[value] for name, value in zip(typed.output_names, typed.outputs, strict=True)}
 
 
-def _on_grid(value: Value, array: Tensor) -> Tensor:
+def on_grid(value: Value, array: Tensor) -> Tensor:
+    """Reals rounded and clamped to the grid of a value's type."""
     element = value.type.element
     if not is_quantized(element):
         return array

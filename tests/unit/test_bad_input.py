@@ -232,6 +232,8 @@ def test_inputs_with_different_numbers_of_samples(here: Path, capsys: pytest.Cap
         (COMPILE.replace("arm-neon", "gone.toml"), "cannot read target gone.toml: No such file"),
         (COMPILE.replace("arm-neon", "bad.toml"), "bad.toml:1: description: this field is missing"),
         ("targets arm-nean", "unknown target 'arm-nean'"),
+        ("targets arm-nean --check", "unknown target 'arm-nean'"),
+        ("targets --check", "--check is of one target; name it, or give the path of its .toml file"),
         ("opt model.onnx --passes canonicalize --target arm-nean", "unknown target 'arm-nean'"),
         ("opt model.onnx --passes canonicalise", "unknown pass 'canonicalise'; there are: "),
         ("opt model.onnx --passes canonicalize{fast=true}", "pass canonicalize has no option 'fast'"),

@@ -1,8 +1,8 @@
 """The commands: what they print, what they write, and how they end."""
 
 import io
-import signal
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path

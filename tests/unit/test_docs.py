@@ -11,13 +11,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from qir.demo import normalized
+from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.target import Target
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(?P<kind>\w+)(?: file=(?P<file>\S+))?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -155,6 +160,85 @@ def readme(tmp_path: Path) -> Shell:
     return Shell(tmp_path, ROOT)
 
 
+def test_add_a_backend(readme: Shell) -> None:
+    blocks = _blocks("docs/add-a-backend.md")
+    for place, block in enumerate(blocks):
+        if block.file:
+            _write(readme.folder, block)
+        elif block.kind == "python":
+            readme.python(block.text)
+        elif block.kind == "sh":
+            assert readme("sh", "-e", "-c", block.text) == blocks[place + 1].text
+    assert [b.kind for b in blocks] == ["toml", *["sh", "text"] * 3, "python"]
+    assert {"build", "y.npz"} <= {p.name for p in readme.folder.iterdir()}
+
+
+def test_a_target_of_ones_own_takes_less_than_60_lines_to_read() -> None:
+    page = (ROOT / "docs/add-a-backend.md").read_text(encoding="utf-8")
+    first, _, _ = page.partition("\n## How a file is read\n")
+    assert "qir run" in first
+    assert len(first.splitlines()) < 60
+
+
+_WORDS: dict[str, type[StrEnum]] = {"Rounding": Rounding, "Overflow": Overflow, "Forms": RequantizeForm}
+#: Words that a field has by its type and not by its meaning: a contract that states them is refused.
+_REFUSED = {
+    "product.bits": {"proved"},
+    "accumulator.bits": {"exact", "accumulator"},
+}
+
+
+def _rows(page: str) -> dict[str, dict[str, list[str]]]:
+    """The rows of a page's tables by heading and first cell."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for line in page.splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# []")
+        elif line.startswith("| `"):
+            name, *rest = (cell.strip() for cell in line.strip("|").split(" | "))
+            found.setdefault(heading, {})[name.strip("` ")] = rest
+    return found
+
+
+def _kinds(hint: object) -> tuple[Any, ...]:
+    return tuple(k for k in get_args(hint) if k is not NoneType) or (hint,)
+
+
+def _default(item: Field[Any]) -> str:
+    if item.default is MISSING:
+        return "-" if item.default_factory is MISSING else "{}"
+    return str(item.default).lower()
+
+
+def _accepted(path: str, values: str, hint: object) -> None:
+    """The cell names the words that a field takes, or the kind of its value."""
+    (words,) = [set(k) for k in _kinds(hint) if isinstance(k, type) and issubclass(k, StrEnum)] or [set()]
+    if stated := re.fullmatch(r"a word of \[(\w+)\]\(#\w+\)( but `none`)?", values):
+        assert words == set(_WORDS[stated[1]]), path
+        assert bool(stated[2]) is (stated[1] == "Overflow"), path  # a contract that claims a proof is refused
+        return
+    if hint in (bool, str):
+        assert values == ("truth value" if hint is bool else "text"), path
+    elif words:
+        assert set(re.findall(r"`(\w+)`", values)) == words - _REFUSED.get(path, set()), path
+
+
+def test_every_field_of_a_contract_is_documented() -> None:
+    rows = _rows((ROOT / "docs/add-a-backend.md").read_text(encoding="utf-8"))
+    hints = get_type_hints(Target)
+    tables = {name: kind for name, hint in hints.items() for kind in _kinds(hint) if is_dataclass(kind)}
+    sections: dict[str, Any] = {"Top level": Target, **tables}
+    assert rows.keys() == sections.keys() | _WORDS.keys()
+    for section, kind in sections.items():
+        stated = [f for f in fields(kind) if section != "Top level" or f.name not in {*tables, "memory"}]
+        assert list(rows[section]) == [f.name for f in stated], section
+        for item in stated:
+            values, default, meaning = rows[section][item.name]
+            assert (default.strip("`"), bool(meaning)) == (_default(item), True), (section, item.name)
+            _accepted(f"{section}.{item.name}", values, get_type_hints(kind)[item.name])
+    assert {name: set(rows[name]) for name in _WORDS} == {name: set(words) for name, words in _WORDS.items()}
+
+
 def test_readme(readme: Shell) -> None:
     ran = []
     for block in _blocks("README.md"):
@@ -169,7 +253,10 @@ def test_readme(readme: Shell) -> None:
     assert {"build", "dumps", "y.npz"} <= {p.name for p in readme.folder.iterdir()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/add-an-op.md", "docs/add-a-pass.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/add-{what}.md" for what in ("an-op", "a-pass", "a-backend"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

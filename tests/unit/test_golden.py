@@ -3,35 +3,24 @@
 - `verifier/`: every finding is announced by `// error: words of it` on the line that defines what it names, or on that
   of `return` where it names no value.
 - `run/`: `// run: x=[1, 2] -> y=[3]` holds on the interpreter, with int64 and with unbounded integers, and in the
-  program. Lists are flat and row-major; as many samples as they fill are run. A line may go on in `//   -> z=[4]`.
+  program; `qir.testing.goldens` reads such lines, for these texts and for every backend.
 - any other folder: `// RUN: pipeline [target=NAME]` turns the text into the one below `// CHECK`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 
 from qir.backend import load_target
-from qir.interpreter import interpret, trace
-from qir.ir import Graph, Value
 from qir.parser import parse
 from qir.pass_manager import PassContext
 from qir.passes.pipelines import parse_pipeline
-from qir.passes.range_analysis import RangeAnalysis
 from qir.printer import print_graph
-from qir.program import Program
-from qir.types import storage_of
+from qir.testing import replay
 from qir.verifier import find_faults
-
-Tensor = npt.NDArray[Any]
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = {str(p.relative_to(FOLDER)): p for p in sorted(FOLDER.rglob("*.qir"))}
@@ -42,8 +31,6 @@ PASSES = [name for name in FILES if name not in {*RUNS, *ILLEGAL}]
 _STRING_OR_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|[ \t]*//[^\n]*')
 _CHECK = "// CHECK\n"
 _RUN = re.compile(r"// RUN: (?P<passes>\S+)(?: target=(?P<target>\S+))?")
-_RUN_LINES = re.compile(r"^// run: (.*(?:\n//  +->.*)*)$", re.MULTILINE)
-_LIST = re.compile(r"([A-Za-z0-9_.]+)=(\[[^\]]*\])")
 
 
 def without_comments(text: str) -> str:
@@ -99,46 +86,4 @@ def _defining_line(lines: list[str], what: str) -> int:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_run(name: str) -> None:
-    text = FILES[name].read_text(encoding="utf-8")
-    graph = RangeAnalysis().run(parse(text), PassContext())
-    assert find_faults(graph) == ()
-    program = Program(graph)
-    runners: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
-        "interpreter": lambda feeds: interpret(graph, feeds),
-        "unbounded interpreter": lambda feeds: interpret(graph, feeds, unbounded=True),
-        "program": program.run_integer,
-    }
-    lines = _RUN_LINES.findall(text)
-    assert lines, "a golden file of a run has a line `// run: x=[1, 2] -> y=[3]`"
-    for line in lines:
-        left, _, right = line.partition("->")
-        inputs, outputs = ({k: json.loads(v) for k, v in _LIST.findall(side)} for side in (left, right))
-        batch = _batch(graph, inputs)
-        feeds = {v.name: _array(inputs[v.name], v, batch) for v in graph.inputs}
-        assert outputs.keys() == set(graph.output_names)
-        for place, run in runners.items():
-            found = run(feeds)
-            for key, value in zip(graph.output_names, graph.outputs, strict=True):
-                expected = _array(outputs[key], value, batch)
-                message = f"{place}, {left.strip()}: {key} is {found[key].tolist()}, not {expected.tolist()}"
-                assert (found[key].dtype, found[key].shape) == (expected.dtype, expected.shape), message
-                assert found[key].tobytes() == expected.tobytes(), message
-        _assert_in_ranges(graph, trace(graph, feeds))
-
-
-def _batch(graph: Graph, lists: Mapping[str, list[Any]]) -> int:
-    """The samples that the lists fill; 1 where there is no saying."""
-    sized = [v for v in graph.inputs if v.type.is_batched and v.type.sample_size]
-    return len(lists[sized[0].name]) // sized[0].type.sample_size if sized else 1
-
-
-def _array(numbers: list[Any], value: Value, batch: int) -> Tensor:
-    storage = storage_of(value.type.element)
-    return np.array(numbers, storage.dtype if storage else np.float32).reshape(value.type.concrete(batch))
-
-
-def _assert_in_ranges(graph: Graph, arrays: Mapping[str, Tensor]) -> None:
-    for value in graph.values():
-        array = arrays[value.name]
-        if value.range is not None and array.size:
-            assert value.range.lo <= array.min() <= array.max() <= value.range.hi, f"%{value.name} leaves its range"
+    assert replay(FILES[name].read_text(encoding="utf-8")).outputs

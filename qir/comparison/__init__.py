@@ -1,0 +1,1 @@
+"""One model on several targets: what differs, layer by layer, and by which rule of which op."""
