@@ -43,7 +43,7 @@ def _table() -> npt.NDArray[Any]:
         return np.asarray(1 / (1 + np.exp(-x)))
 
     sag = logistic(at + half) - (logistic(at) + logistic(at + 2 * half)) / 2
-    table = np.floor(65536 * (logistic(at) + sag / 2) + 0.5).astype(np.int64)
+    table: npt.NDArray[Any] = np.floor(65536 * (logistic(at) + sag / 2) + 0.5).astype(np.int64)
     table[_LAST] = 65535
     return table
 

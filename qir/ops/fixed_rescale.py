@@ -196,6 +196,7 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
     if storage is None or not is_quantized(element):
         raise QirError("only quantized types have a scale to quantize by")
     scale, zero = along_axis(element, x.ndim)
+    scaled: Tensor
     with np.errstate(over="ignore", invalid="ignore"):
         match rule:
             case QuantizeRule.DIVIDE:
@@ -204,7 +205,8 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
                 scaled = x * (np.float32(1) / scale)
             case QuantizeRule.RECIPROCAL_FUSED:
                 scaled = fused_multiply_add(x, np.float32(1) / scale, zero)
-                scaled, zero = np.where(np.isnan(scaled), zero.astype(np.float32), scaled), np.zeros_like(zero)
+                scaled = np.where(np.isnan(scaled), zero.astype(np.float32), scaled)
+                zero = np.zeros_like(zero)
     return np.asarray(np.clip(quantize_reals(scaled, rounding) + zero, storage.lo, storage.hi))
 
 

@@ -103,8 +103,9 @@ class _Writer:
         element = like.type.element
         if isinstance(element, IntegerType):
             return self.model.tensor(name, shape, np.int32, data=data)
-        scale, zero = self.format(like)
-        return self.model.tensor(name, shape, element.storage.dtype, scale, zero, data=data)
+        (scale, zero), storage = self.format(like), storage_of(element)
+        assert storage is not None
+        return self.model.tensor(name, shape, storage.dtype, scale, zero, data=data)
 
     def format(self, value: Value) -> tuple[float, int]:
         """Scale and zero point of an int8 or int16 value."""
