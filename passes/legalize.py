@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,8 +22,8 @@ from qir.target import Target
 class Legalize(Pass):
     """Lower every op by its rule; layout is channels last from here, the program's borders keep ONNX's.
 
-    Every op that narrows saturates. An op without an integer form stays as a float island where the target has
-    floating point, and is counted; elsewhere it is an error.
+    Every op that narrows does what the contract says of results that do not fit. An op without an integer form stays as
+    a float island where the target has floating point, and is counted; elsewhere it is an error.
     """
 
     name: ClassVar[str] = "legalize"
@@ -33,7 +34,11 @@ class Legalize(Pass):
         """The integer graph, without proved ranges yet."""
         lowered = lower(graph, context.need_target(self.name))
         fixed = lowered.graph.with_changes(ops=tuple(live_ops(lowered.graph)))
-        context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {len(lowered.islands)} float islands")
+        marks = Counter(op.island_mark for op in fixed.ops if op.island_mark)
+        found = f"{marks.total()} float islands"
+        if marks["island tolerance"]:
+            found += f", {marks['island tolerance']} of them with a tolerance"
+        context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {found}")
         for reason in lowered.islands:
             context.note(reason)
         return fixed

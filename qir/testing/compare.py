@@ -30,11 +30,12 @@ _SHOWN: Final = 12
 
 @dataclass(frozen=True)
 class Compared:
-    """How many outputs were compared, the kernels that made them, and those among them that are the backend's own."""
+    """How many outputs were compared, the kernels that made them, those of them that are the backend's own, islands."""
 
     outputs: int
     kernels: frozenset[str]
     own: frozenset[str]
+    islands: frozenset[str] = frozenset()
 
 
 def compare(case: Case, backend: Backend) -> Compared:
@@ -47,7 +48,7 @@ def compare(case: Case, backend: Backend) -> Compared:
         wanted = {n: expected[v.name] for n, v in zip(graph.output_names, graph.outputs, strict=True)}
         judge.values(expected, program.trace(feeds))
         judge.outputs(wanted, program.run_integer(feeds), program)
-        if not place and not judge.has_islands:  # the last bits of reals may depend on what else is in the batch
+        if not place and not judge.islands:  # the last bits of reals may depend on what else is in the batch
             backwards = {k: np.ascontiguousarray(v[::-1]) for k, v in feeds.items()}
             found = {k: v[::-1] for k, v in program.run_integer(backwards).items()}
             judge.outputs(wanted, found, program, "with the samples in reverse order")
@@ -55,7 +56,7 @@ def compare(case: Case, backend: Backend) -> Compared:
     some = _some_samples(graph, feeds)
     unbounded = interpret(graph, some, unbounded=True)
     judge.outputs(unbounded, program.run_integer(some), program, "against unbounded integers")
-    return Compared(judge.count, kernel_names(program), own_names(graph, backend))
+    return Compared(judge.count, kernel_names(program), own_names(graph, backend), judge.islands)
 
 
 def kernel_names(program: Program) -> frozenset[str]:
@@ -87,9 +88,9 @@ class _Judge:
         self._own = own_kernels(graph, self._facts, backend)
 
     @property
-    def has_islands(self) -> bool:
-        """Whether some op computes on reals."""
-        return any(op.is_float and not isinstance(op, Const) for op in self.graph.ops)
+    def islands(self) -> frozenset[str]:
+        """The kinds of ops that compute on reals."""
+        return frozenset(op.mnemonic for op in self.graph.ops if op.is_float and not isinstance(op, Const))
 
     def values(self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
         """Every result, in program order, so that the first one that differs is where it went wrong."""

@@ -148,7 +148,7 @@ class _Kit:
 
     def result(self, name: str, run: Check) -> CheckResult:
         """Run one check. Whatever it raises is a fault of the backend, under the name of the check."""
-        outputs, kernels, notes = 0, set[str](), list[str]()
+        outputs, kernels, islands, notes = 0, set[str](), set[str](), list[str]()
         try:
             for found in run():
                 if isinstance(found, str):
@@ -156,9 +156,12 @@ class _Kit:
                     continue
                 outputs += found.outputs
                 kernels |= found.kernels
+                islands |= found.islands
                 self.own |= found.own
         except Exception as fault:  # noqa: BLE001 - code of others may raise anything
             self._fault(name, "", fault)
+        if islands:
+            notes.append(f"as float islands: {', '.join(sorted(islands))}")
         return CheckResult(name, outputs, tuple(sorted(kernels)), tuple(notes))
 
     def _fault(self, check: str, case: str, fault: Exception) -> None:

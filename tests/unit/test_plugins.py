@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,28 @@ def test_fm_cnn_runs_on_the_installed_chip(site: Path) -> None:
     assert found["same"]
     assert {"chip20_conv2d", "chip20_matmul", "chip20_shift"} <= set(found["kernels"])
     assert found["accuracy"] > found["float"] - _MARGIN
+
+
+def test_the_header_that_the_chip_exports_holds_every_constant(tmp_path: Path) -> None:
+    assert chip.export is not None
+    chip.export(graph(), tmp_path)
+    header = (tmp_path / "weights.h").read_text(encoding="utf-8")
+    arrays = re.findall(r"static const (\w+) constant_\d+_(\w+)\[\] = \{([^}]*)\};", header)
+    assert [(kind, name, [int(n) for n in numbers.split(",")]) for kind, name, numbers in arrays] == [
+        ("int8_t", "w", [31, 31, -32, 31]),
+        ("int32_t", "b", [500000, -500000]),
+    ]
+    assert parse((tmp_path / "graph.qir").read_text(encoding="utf-8")) == graph()
+
+
+def test_the_chips_cost_counts_cycles_and_packed_bytes() -> None:
+    assert chip.cost is not None
+    parts = chip.cost(graph(), chip.target())
+    assert parts == {
+        "multiplier cycles": 1,
+        "shifter cycles": 3,
+        "weight bytes": 8,
+    }  # 16 products; 8 + 2 results; 3 + 5
 
 
 # How plugins are found
