@@ -13,8 +13,10 @@ from qir.arrays import Array
 from qir.calibration import Calibration, Histogram
 from qir.errors import CalibrationError, RunError
 from qir.interpreter import check_feeds, evaluate
-from qir.ir import Graph, Stage, Value
+from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
+from qir.ops.float_elementwise import Clip
+from qir.ops.float_nn import Summing
 from qir.pass_manager import Feeds, Pass, PassContext, Progress, no_progress
 from qir.rewrite import map_values
 from qir.types import FloatType
@@ -57,19 +59,23 @@ def observe(graph: Graph, feeds: Iterable[Feeds], progress: Progress = no_progre
     """
     if isinstance(feeds, Mapping):
         raise CalibrationError("calibration data is an iterable of feeds, such as [{input name: array}], not one feed")
-    wanted = frozenset(_observed(graph))
+    keys = {v: v.name for v in _observed(graph)}
+    graph, sums = _apart(graph)
     total = len(feeds) if isinstance(feeds, Sized) else 0
-    found: dict[Value, Histogram] = {}
+    found: dict[str, Histogram] = {}
     for number, feed in enumerate(feeds):
         for part in _parts(graph, feed, number):
             with np.errstate(all="ignore"):  # what comes out not finite is reported with its name
                 for value, array in evaluate(graph, part):
-                    if value in wanted:
-                        found[value] = _observe(value, array, found.get(value), number)
+                    if key := keys.get(value):
+                        found[key] = _observe(value, array, found.get(key), number)
+                    elif key := sums.get(value):
+                        ends = np.array([array.min(), array.max()])
+                        found[key] = _observe(value, ends, found.get(key), number)
         progress("calibrate", number + 1, total)
     if not found:
         raise CalibrationError("calibration data is empty: give at least one feed with one sample")
-    return Calibration({value.name: histogram for value, histogram in found.items()})
+    return Calibration(found)
 
 
 def apply(graph: Graph, calibration: Calibration) -> Graph:
@@ -89,7 +95,31 @@ def apply(graph: Graph, calibration: Calibration) -> Graph:
             return {}
         return {"histogram": Array(calibration[value.name].to_array(), f"{value.name}.histogram")}
 
-    return map_values(graph, facts)
+    def ends(op: Op) -> dict[str, Any]:
+        seen = calibration.get(_before(op.result)) if isinstance(op, Summing) and op.clip is not None else None
+        return {} if seen is None else {"unclipped": (seen.minimum, seen.maximum)}
+
+    return map_values(graph, facts, attributes=ends)
+
+
+def _before(value: Value) -> str:
+    """The name under which a calibration holds the ends of what a fused activation makes a value of."""
+    return f"{value.name} unclipped"
+
+
+def _apart(graph: Graph) -> tuple[Graph, dict[Value, str]]:
+    """The graph with activations of sums as ops of their own, and the names for what stands before them."""
+    ops, sums = list[Op](), dict[Value, str]()
+    for op in graph.ops:
+        if isinstance(op, Summing) and op.clip is not None:
+            before = Value(_before(op.result), op.result.type)
+            sums[before] = before.name
+            low, high = op.clip
+            ops.append(op.with_changes(results=(before,), clip=None, unclipped=None))
+            ops.append(Clip(operands=(before,), results=op.results, location=op.location, minimum=low, maximum=high))
+        else:
+            ops.append(op)
+    return graph.with_changes(ops=tuple(ops)), sums
 
 
 def _observed(graph: Graph) -> Iterator[Value]:

@@ -207,7 +207,7 @@ def _storage(value: Value) -> IntegerType:
 
 
 def _weight_types(
-    graph: Graph, op: Op, types: dict[Value, TensorType], target: Target
+    graph: Graph, op: Conv | MatMul, types: dict[Value, TensorType], target: Target
 ) -> Iterator[tuple[Value, TensorType]]:
     """Types of constant weights and bias of a convolution or matrix product."""
     weight, bias = op.operands[1], op.optional_operand(2)
@@ -220,11 +220,11 @@ def _weight_types(
         yield weight, weight.type.with_element(element)
     else:
         scale = _scale(types[weight])
-        scales = np.asarray(scale * 2.0 ** excess_bits(target, input_scale * scale, op.result.range))
+        scales = np.asarray(scale * 2.0 ** excess_bits(target, input_scale * scale, op.sum_range))
     if bias is not None and bias_data is not None:
         if bias.type.rank != 1:
             raise PassError(f"{op.describe()}: the bias must be a vector; run canonicalize first")
-        steps = sum_scale(target, input_scale, scales, op.result.range).step
+        steps = sum_scale(target, input_scale, scales, op.sum_range).step
         axis_of_bias, name = (0 if steps.ndim else None), graph.constants[bias].name
         if target.weights.scales is Scales.POWER_OF_TWO:
             yield bias, bias.type.with_element(fixed_point(_storage(bias), np.frexp(steps)[1] - 1, axis_of_bias))
@@ -234,7 +234,7 @@ def _weight_types(
 
 
 def _weight_format(
-    op: Op, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
+    op: Conv | MatMul, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
 ) -> QuantizedType:
     """The format of constant weights. Of weights alone it is one scale a channel: legalize makes those of blocks."""
     contract, storage = target.weights, _storage(weight)
@@ -245,7 +245,7 @@ def _weight_format(
     added = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
     sums = added
     if target.accumulator.rounding is None:  # else sums keep fewer fraction bits instead
-        sums = np.maximum(sums, reach(op.result.range))
+        sums = np.maximum(sums, reach(op.sum_range))
     least = least_weight_scale(target, input_scale, sums)
     least = np.maximum(least, least_weight_scale(target, input_scale, added, bias_storage(target).hi))
     if contract.scheme is Scheme.AFFINE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qir.errors import Diagnostic
+from qir.errors import Diagnostic, QirError
 from qir.fixed_point import Overflow, kept_bounds
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
@@ -58,7 +58,10 @@ def _prove(graph: Graph) -> Proof:
     for op in graph.ops:
         step = None
         if not op.is_float:
-            step = op.bounds([bounds.get(v, _FLOAT_PLACEHOLDER) for v in op.operands])
+            try:
+                step = op.bounds([bounds.get(v, _FLOAT_PLACEHOLDER) for v in op.operands])
+            except QirError as fault:
+                raise QirError(f"{op.describe()}: its bounds cannot be worked out: {fault}") from fault
         if step is not None:
             steps[op] = step
             # The data of a constant are not those of what an op moves or picks from it.

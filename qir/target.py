@@ -173,7 +173,10 @@ class Weights(Operand):
 
 @dataclass(frozen=True)
 class Product:
-    """What a product is before it is added: shifted left, then narrowed by `overflow` to `bits`, or `exact`."""
+    """What a product is before it is added: shifted left, then narrowed by `overflow` to `bits`, or `exact`.
+
+    A product that is cast to the `accumulator` overflows as that does.
+    """
 
     bits: int | Width = Width.EXACT
     overflow: Overflow = Overflow.SATURATE
@@ -211,8 +214,12 @@ class Accumulator:
                 raise ContractError("bits", f"an accumulator has 2 to 64 bits, or is proved, not {self.bits}")
             if self.guard_bits:
                 raise ContractError("guard_bits", "an accumulator of the proved width needs none")
-        elif not 2 <= self.bits <= 64 or not 0 <= self.guard_bits <= 64 - self.bits:
-            raise ContractError("bits", "an accumulator has 2 to 64 bits, guard bits included")
+        elif not 2 <= self.bits <= 64:
+            raise ContractError("bits", f"an accumulator has 2 to 64 bits, not {self.bits}")
+        elif not 0 <= self.guard_bits <= 64 - self.bits:
+            raise ContractError(
+                "guard_bits", f"at most 64 bits with those of the accumulator, and not {self.guard_bits}"
+            )
         if self.rounding is not None and (self.guard_bits or self.bits is Width.PROVED):
             raise ContractError(
                 "rounding", "an accumulator of guard bits or of the proved width keeps all fraction bits"
@@ -421,7 +428,8 @@ class Target:
                 "product.bits", "a product cannot be cast to an accumulator whose width is to be proved"
             )
         if bits is Width.PROVED and own_product and self.product.overflow in STEPWISE:
-            yield ContractError("product.bits", "an accumulator of the proved width takes exact products")
+            message = "an accumulator of the proved width takes products that are exact or wrap"
+            yield ContractError("product.overflow", message)
         if self.weight_only is not None and set(self.weight_only.bits) & set(self.weights.bits):
             yield ContractError("weight_only.bits", "a width is either for integer products or for weights alone")
         if self.requantization.overflow is Overflow.WRAP and self.activations.leaves_out:

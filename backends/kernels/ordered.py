@@ -238,8 +238,8 @@ def _batched_product(op: FixedMatMul) -> _Source | None:
 def _sum(op: ReduceSum) -> _Source | None:
     """A sum over neighbouring axes, seen as [outer, reduced, inner]: products with 1."""
     kind = op.operands[0].type
-    zero, axes = zero_along_last(kind), sorted(op.axes)
-    if zero is None or zero.ndim or not axes or axes != list(range(axes[0], axes[-1] + 1)):
+    zero, axes = zero_along_last(kind), list(op.axes)
+    if zero is None or zero.ndim or not axes or axes != list(range(axes[0], axes[-1] + 1)):  # terms come in this order
         return None
     inner = int(np.prod([int(d) for d in kind.shape[axes[-1] + 1 :]], dtype=np.int64))
     places = np.arange(op.count, dtype=np.int64) * inner

@@ -262,7 +262,7 @@ def broadcast_places(*leads: tuple[int, ...]) -> list[Tensor]:
 def _sum(op: ReduceSum, dtype: np.dtype[Any]) -> Sums | None:
     """A sum over neighbouring axes, seen as [outer, reduced, inner]."""
     kind = op.operands[0].type
-    zero, axes = zero_along_last(kind), sorted(a % kind.rank for a in op.axes)
+    zero, axes = zero_along_last(kind), sorted(op.axes)
     if zero is None or zero.ndim or op.shift or not axes or axes != list(range(axes[0], axes[-1] + 1)):
         return None
     offset = -int(zero) * op.count

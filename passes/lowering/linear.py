@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.fixed_point import RequantizeForm, Rounding
+from qir.interval import Interval
 from qir.ir import Op, Value
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.ops.fixed_rescale import QuantizeRule, quantize_array
@@ -51,7 +52,7 @@ def lower_conv(b: Lowering, op: Op) -> None:
     value = b.read(x, last=True)
     value = b.reshape(value, spatial_rank_4(value.type.shape))
     scales = _weight_scales(weight, 0)
-    sums = sum_scale(b.target, float(b.scale(x)), scales, op.result.range)
+    sums = sum_scale(b.target, float(b.scale(x)), scales, op.sum_range)
     operands = [value, _conv_weight(b, weight), *_bias(b, op, sums.step)]
     total = b.sum_of(
         Conv2d,
@@ -133,13 +134,13 @@ def lower_matmul(b: Lowering, op: Op) -> None:
         second = b.constant(array, right.type, name=b.claim(right))
     else:
         second = b.read(right)
-        extra = excess_bits(b.target, float(b.scale(left)) * float(b.scale(right)), op.result.range)
+        extra = excess_bits(b.target, float(b.scale(left)) * float(b.scale(right)), op.sum_range)
         if extra:
             kind = scaled_by(b.format_of(right), extra)
             scales = scale_array(kind).astype(np.float32)
             found = b.factor("rescale", [b.scale(right)], kind)
             second = b.rescaled(second, found, kind, name=f"{op.result.name}.b", location=op.location)
-    sums = sum_scale(b.target, float(b.scale(left)), scales, op.result.range)
+    sums = sum_scale(b.target, float(b.scale(left)), scales, op.sum_range)
     operands = [b.read(left), second, *_bias(b, op, sums.step)]
     total = b.sum_of(FixedMatMul, operands, sums.shift, name=f"{op.result.name}.acc", location=op.location)
     element = b.clipped(op.result, op.clip)
@@ -219,9 +220,14 @@ def _mean_exponent(b: Lowering, x: Value, scale: np.float32, count: int) -> tupl
     finest = power_of_two_from_range(0.0, 1.0 / count, storage.hi.bit_length() + storage.signed, storage.signed)
     if b.target.accumulator.rounding is not None:
         return finest, finest  # sums keep fewer fraction bits instead
-    whole = float(b.scale(x)) * float(b.format_of(x).storage.hi)  # no mean is larger, and every sum of it must fit
-    least = float(least_weight_scale(b.target, float(scale), whole))
+    least = float(least_weight_scale(b.target, float(scale), _largest(b, x)))
     return max(finest, math.ceil(math.log2(least))), finest
+
+
+def _largest(b: Lowering, x: Value) -> float:
+    """The largest magnitude of a value: no mean is larger, nor a part of its sum, which must fit too."""
+    storage = b.format_of(x).storage
+    return float(b.scale(x)) * max(-storage.lo, storage.hi)
 
 
 def _holds_sum(b: Lowering, x: Value, count: int) -> bool:
@@ -241,7 +247,8 @@ def _times(
     array = Array(integers.astype(storage.dtype), f"{name}.weight")
     second = b.constant(array, TensorType(array.shape, kind), name=f"{name}.weight")
     step = np.float32(np.ldexp(1.0, exponent))
-    sums = sum_scale(b.target, float(scale), np.asarray(step), op.result.range)
+    largest = _largest(b, op.operands[0])
+    sums = sum_scale(b.target, float(scale), np.asarray(step), Interval(-largest, largest))
     total = b.sum_of(FixedMatMul, [rows, second], sums.shift, name=f"{name}.acc", location=op.location)
     return total, b.factor("mean", [_entering(scale, sums.shift), step], output)
 

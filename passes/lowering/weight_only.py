@@ -58,6 +58,7 @@ def quantize_blocks(
     least, greatest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     starts = np.arange(0, data.shape[axis], block)
     largest = np.maximum.reduceat(np.abs(data.astype(np.float64)), starts, axis=axis)
-    scales = np.where(largest > 0, largest / greatest, 1.0).astype(np.float32)
+    scales = (largest / greatest).astype(np.float32)
+    scales = np.where(scales > 0, scales, np.float32(1))  # a block of zeros, or of what float32 has no scale for
     spread = np.repeat(scales, block, axis=axis).take(range(data.shape[axis]), axis=axis)
     return np.clip(np.rint(data.astype(np.float32) / spread), least, greatest).astype(np.int64), scales

@@ -82,6 +82,8 @@ class Accumulating(Op):
             yield "product and product_overflow belong together"
         if self.product is not None and self.product_overflow is not None:
             yield from narrowing_faults(self.product, self.product_overflow, "products")
+            if not self.product.lo <= 0 <= self.product.hi:  # what padding adds must stay 0
+                yield f"products must be able to be 0, which {self.product} is not"
 
     @property
     def shift(self) -> int:
@@ -107,7 +109,9 @@ class Accumulating(Op):
     def sum_bits(self, term_bits: int, count: int) -> int:
         """Bits that hold `count` exact sums of a term of `term_bits`, the accumulator and the bias."""
         bias = self.optional_operand(2)
-        widest = max(term_bits, self.accumulator.bits + 1, bits_of(bias.type) if bias is not None else 0)
+        narrowed = self.product.bits + 1 if self.product is not None else 0
+        bias_bits = bits_of(bias.type) if bias is not None else 0
+        widest = max(term_bits, self.accumulator.bits + 1, narrowed, bias_bits)
         return widest + abs(self.shift) + (count + 1).bit_length()
 
     def entering(self, product: Tensor) -> Tensor:
@@ -205,10 +209,16 @@ class Accumulating(Op):
         free = Interval(int(lo.min()), int(hi.max()))
         if self.product is not None and self.product_overflow is not None:
             kept = kept_bounds(self.product.lo, self.product.hi, self.product_overflow)
-            if self.product_overflow in (Overflow.WRAP, Overflow.SATURATE_ZERO):
+            if self.product.bits + lo.size.bit_length() > 60:
+                lo, hi = exact(lo), exact(hi)
+            if self.product_overflow is Overflow.WRAP:
                 leaves = (lo < kept[0]) | (hi > kept[1])
-                lo, hi = np.where(leaves, self.product.lo, lo), np.where(leaves, self.product.hi, hi)
-            else:
+                lo, hi = np.where(leaves, kept[0], lo), np.where(leaves, kept[1], hi)
+            elif self.product_overflow is Overflow.SATURATE_ZERO:  # what leaves is 0, the others stay
+                leaves = (lo < kept[0]) | (hi > kept[1])
+                low, high = np.clip(lo, *kept), np.clip(hi, *kept)
+                lo, hi = np.where(leaves, np.minimum(low, 0), low), np.where(leaves, np.maximum(high, 0), high)
+            elif self.product_overflow is not Overflow.NONE:
                 lo, hi = np.clip(lo, *kept), np.clip(hi, *kept)
         return lo, hi, free
 
@@ -243,7 +253,7 @@ def centered(kind: TensorType, bounds: Bounds) -> Bounds:
     if zeros.ndim and getattr(kind.element, "axis", None) != kind.rank - 1:
         shifted = Bounds.of(bounds.lo - int(zeros.max()), bounds.hi - int(zeros.min()))
     else:
-        shifted = bounds.shifted(-zeros)
+        shifted = bounds.shifted(-exact(zeros))
     data = bounds.data
     if data is not None:
         storage = storage_of(kind.element)
@@ -254,11 +264,11 @@ def centered(kind: TensorType, bounds: Bounds) -> Bounds:
 def term_bounds(x: Bounds, w: Bounds) -> tuple[Tensor, Tensor]:
     """Bounds of the products `x * w` of centred operands: from the very weights where they are constant.
 
-    Exact: int64 arrays where every sum of the terms fits, Python ints elsewhere.
+    Exact: int64 arrays where the weights are constant and every sum of the terms fits, Python ints elsewhere.
     """
     if w.data is None:
-        corners = [a * b for a in (x.lo, x.hi) for b in (w.lo, w.hi)]
-        return np.minimum.reduce(corners), np.maximum.reduce(corners)
+        corners = np.stack([exact(a * b) for a in (x.lo, x.hi) for b in (w.lo, w.hi)])
+        return exact(corners.min(axis=0)), exact(corners.max(axis=0))
     span = x.hull
     largest = max(abs(int(span.lo)), abs(int(span.hi)), 1) * max(int(np.abs(w.data).max(initial=0)), 1)
     weights = w.data if largest.bit_length() + int(w.data.size).bit_length() < 60 else exact(w.data)

@@ -211,9 +211,9 @@ class ReduceSum(Accumulating):
         x = centered(self.operands[0].type, operands[0])
         if self.operands[0].type.rank - 1 in self.axes:
             x = x.flat()
-        low, high, product = self.term_images(np.atleast_1d(x.lo), np.atleast_1d(x.hi))
-        if not low.size:
+        if not x.lo.size:
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
+        low, high, product = self.term_images(np.atleast_1d(x.lo), np.atleast_1d(x.hi))
         if x.channels is None:
             low, high = low[0], high[0]
         result = Bounds.of(low * self.count, high * self.count)

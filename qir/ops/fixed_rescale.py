@@ -98,7 +98,7 @@ class Requantize(Op):
         yield from result_faults(self.result.type.element, self.overflow)
 
     def intermediate_bits(self) -> int:
-        """The shifted operand, and its product with a 31-bit multiplier where the form does not wrap it to 32 bits."""
+        """The shifted operand, its product with a multiplier where the form does not wrap it to 32 bits, and the sum."""
         kind = self.operands[0].type.element
         storage, zeros = storage_of(kind), zero_array(kind)
         if storage is None:
@@ -107,17 +107,27 @@ class Requantize(Op):
         bits = max(~least, greatest).bit_length() + 1 + self.input_shift
         match self.form:
             case RequantizeForm.DOUBLE_ROUND | RequantizeForm.NEON:
-                return max(bits, 63)
+                bits, scaled = max(bits, 63), 32
             case RequantizeForm.SINGLE_ROUND | RequantizeForm.REDUCED_16:
-                return bits + 31
+                bits = scaled = bits + 31
             case RequantizeForm.SHIFT:
-                return bits + max(int(self.shift.data.max(initial=0)), 0)
-        return bits
+                bits = scaled = bits + max(int(self.shift.data.max(initial=0)), 0)
+            case _:
+                scaled = 62  # results are clipped to that magnitude
+        added = int(self._largest_zero()).bit_length()
+        return max(bits, max(scaled, added + 1) + 1) if added else bits
+
+    def _largest_zero(self) -> int:
+        """The largest magnitude of a zero point of the result."""
+        zeros = zero_array(self.result.type.element)
+        return max(int(zeros.max(initial=0)), -int(zeros.min(initial=0)))
 
     def unsaturated(self, x: Tensor) -> Tensor:
         """The value before it is narrowed, for centred x (last axis: the channels of the multipliers)."""
         shifted = x << self.input_shift if self.input_shift else x
         scaled = requantize(shifted, self.multiplier.data, self.shift.data, self.form, self.rounding)
+        if self._largest_zero() >> 61:  # the sum may leave int64
+            scaled = exact(np.asarray(scaled))
         return np.asarray(scaled + zero_array(self.result.type.element))
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qir.errors import QirError
+from qir.interval import Interval
 from qir.opdef import broadcast_shapes, known_dim, pad_spatial, window_view
 from qir.ops.float_base import Clipped, FloatOp, Tensor, Windowed, tap_views
 from qir.types import BATCH, Shape, shape_text
@@ -17,7 +18,28 @@ _BUFFER_BYTES = 64 << 20  # what one im2col buffer may take
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Conv(Clipped, Windowed):
+class Summing(Clipped):
+    """Base: an op that sums products. `unclipped` = [lo, hi] is what calibration saw before the fused activation."""
+
+    unclipped: tuple[float, ...] | None = None
+
+    def check(self) -> Iterator[str]:
+        """The range before an activation is a pair in order, and there is one."""
+        yield from super().check()
+        seen = self.unclipped
+        if seen is not None and (self.clip is None or len(seen) != 2 or not seen[0] <= seen[1]):
+            yield f"unclipped takes [lo, hi] with lo <= hi, and belongs to clip, not {list(seen)}"
+
+    @property
+    def sum_range(self) -> Interval | None:
+        """The calibrated range of the sums, or None without calibration."""
+        if self.unclipped is None:
+            return self.result.range
+        return Interval(*(float(end) for end in self.unclipped))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Summing, Windowed):
     """Convolution, 1-d or 2-d: input [N, C, spatial], weight [M, C/groups, kernel], bias [M]."""
 
     mnemonic = "Conv"
@@ -89,7 +111,7 @@ class Conv(Clipped, Windowed):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MatMul(Clipped):
+class MatMul(Summing):
     """NumPy's matrix product of operands of rank 2 and more, plus a bias [columns]."""
 
     mnemonic = "MatMul"

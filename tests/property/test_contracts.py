@@ -69,10 +69,12 @@ def check_kernels(fixed: Graph, x: Tensor, seed: int) -> Program:
 
 
 def noisy_outputs(typed: Graph, target: Target, x: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-    """The typed graph with every value moved by up to `NOISE` steps, and the operand of a table by half of an index."""
+    """The typed graph with every value moved by up to `NOISE` steps, and the operand of a table by up to an index."""
 
     def moved(value: Value, array: Tensor, steps: float) -> Tensor:
-        return np.asarray(array + rng.uniform(-steps, steps, array.shape) * step_of(value), np.float32)
+        # Rounding down moves all elements one way.
+        noise = rng.choice([-steps, steps]) if rng.integers(2) else rng.uniform(-steps, steps, array.shape)
+        return np.asarray(array + noise * step_of(value), np.float32)
 
     found: dict[Value, Tensor] = {v: on_grid(v, x) for v in typed.inputs}
     for op in typed.ops:
@@ -81,7 +83,7 @@ def noisy_outputs(typed: Graph, target: Target, x: Tensor, rng: np.random.Genera
             storage = storage_of(op.operands[0].type.element)
             assert storage is not None
             dropped = max(storage.bits - target.functions.index_bits, 0)
-            operands[0] = moved(op.operands[0], operands[0], (2**dropped - 1) / 2)
+            operands[0] = moved(op.operands[0], operands[0], 2**dropped - 1)
         for value, array in zip(op.results, evaluate_op(op, operands), strict=True):
             is_computed = is_quantized(value.type.element) and not isinstance(op, Const)
             found[value] = on_grid(value, moved(value, array, NOISE) if is_computed else array)

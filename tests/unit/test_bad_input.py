@@ -231,6 +231,9 @@ def test_inputs_with_different_numbers_of_samples(here: Path, capsys: pytest.Cap
         (COMPILE.replace("arm-neon", "arm-nean"), "unknown target 'arm-nean'; there are: arm-neon"),
         (COMPILE.replace("arm-neon", "gone.toml"), "cannot read target gone.toml: No such file"),
         (COMPILE.replace("arm-neon", "bad.toml"), "bad.toml:1: description: this field is missing"),
+        (COMPILE.replace("arm-neon", "own.toml"), "own.toml:5: accumulator.bits: 9 bits hold no sums of activations"),
+        ("targets own.toml", "own.toml:5: accumulator.bits: 9 bits hold no sums of activations of 16 bits"),
+        ("targets child.toml", "own.toml:5: accumulator.bits: 9 bits hold no sums of activations of 16 bits"),
         ("targets arm-nean", "unknown target 'arm-nean'"),
         ("targets arm-nean --check", "unknown target 'arm-nean'"),
         ("targets --check", "--check is of one target; name it, or give the path of its .toml file"),
@@ -250,6 +253,9 @@ def test_inputs_with_different_numbers_of_samples(here: Path, capsys: pytest.Cap
 )
 def test_what_is_named_must_exist(command: str, words: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.toml").write_text('name = "bad"\n')
+    head = 'name = "{0}"\ndescription = "{0}"\ninherits = "{1}"\n'
+    Path("own.toml").write_text(head.format("own", "dsp16") + "[accumulator]\nbits = 9\n")
+    Path("child.toml").write_text(head.format("child", "own.toml"))
     Path("binary.qir").write_bytes(b"\xff\xfe\x00")
     Path("text.qir").write_text("graph @g stage=float (%x: N x f32) {\n  return %x\n}\n")
     _refused(command, words, capsys)

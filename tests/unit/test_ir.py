@@ -183,7 +183,7 @@ def test_ops_describe_themselves() -> None:
     assert Relu(results=(y, replace(y, name="z"))).describe() == "Relu %y, %z"
     with pytest.raises(RewriteError, match="Relu %y, %z has 2 results, not one"):
         _ = Relu(results=(y, replace(y, name="z"))).result
-    assert Conv.attribute_names() == ("strides", "pads", "dilations", "clip", "groups")
+    assert Conv.attribute_names() == ("strides", "pads", "dilations", "clip", "unclipped", "groups")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from qir.passes.lowering.elementwise import sum_multipliers
 from qir.passes.lowering.weight_only import quantize_blocks
 from qir.passes.pipelines import parse_pipeline
 from qir.passes.select_q_formats import affine_weights
-from qir.target import AverageRule, Pooling, Requantization, Scheme, Target, Width
+from qir.target import AverageRule, Pooling, Product, Requantization, Scheme, Target, Width
 from qir.types import AffineType, FixedPointType, integer, storage_of
 
 DSP = load_target("dsp16")
@@ -257,6 +257,22 @@ def test_a_relu_far_below_zero_is_zero_where_results_wrap() -> None:
     assert np.abs(program.run({"x": X})["y"] - real).max() < 0.02
 
 
+@pytest.mark.parametrize("target", ["dsp16", "dsp16-acc40", "asic", "fpga"])
+def test_sums_far_beyond_a_fused_activation_do_not_saturate_on_the_way(target: str) -> None:
+    """Of [0, 1] nothing is left to see that sums reach 24: what calibration saw before the activation says it."""
+    text = """graph @g stage=float (%x: Nx8 x f32) {
+  %w = const {value=f32 8x2 [6, -6, 6, -6, 6, -6, 6, -6, -6, 6, -6, 6, -6, 6, -6, 6]} : 8x2 x f32
+  %h = MatMul %x, %w : Nx2 x f32
+  %y = Clip %h {minimum=0.0, maximum=1.0} : Nx2 x f32
+  return %y
+}
+""".replace("6,", "6.0,").replace("6]", "6.0]")
+    program, real = qir.compile(parse(text), load_target(target), [{"x": X}]), interpret(parse(text), {"x": X})["y"]
+    assert {0.0, 1.0} <= set(real.reshape(-1).tolist())
+    # Inputs of 8 bits are off by half of 2^-7 each, eight times six.
+    assert np.abs(program.run({"x": X})["y"] - real).max() < (0.4 if target == "asic" else 0.01)
+
+
 @pytest.mark.parametrize("scheme", Scheme)
 def test_formats_have_room_where_results_wrap(scheme: Scheme) -> None:
     target = overflowing(replace(ARM, activations=replace(ARM.activations, scheme=scheme)), Overflow.WRAP)
@@ -269,6 +285,25 @@ def test_formats_have_room_where_results_wrap(scheme: Scheme) -> None:
     beyond = np.concatenate([X * 1.3, -X * 1.3])
     real = beyond @ np.random.default_rng(0).uniform(-1, 1, (8, 3)).astype(np.float32)
     assert np.abs(program.run({"x": X})["y"] - real[: len(X)] / np.float32(1.3)).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("overflow", "scheme", "scale", "zero"),
+    [
+        (Overflow.SATURATE, Scheme.AFFINE, 2.55 / 255, -128),
+        (Overflow.WRAP, Scheme.AFFINE, 5.1 / 255, -64),  # as much below 0 as above 2.55: [-1.275, 3.825]
+        (Overflow.SATURATE_ZERO, Scheme.AFFINE, 5.1 / 255, -64),
+        (Overflow.SATURATE_SYMMETRIC, Scheme.SYMMETRIC, 2.55 / 127, 0),
+        (Overflow.WRAP, Scheme.SYMMETRIC, 5.1 / 127, 0),
+    ],
+)
+def test_where_the_room_lies(overflow: Overflow, scheme: Scheme, scale: float, zero: int) -> None:
+    target = overflowing(replace(ARM, activations=replace(ARM.activations, scheme=scheme)), overflow)
+    text = "graph @g stage=ranged (%x: Nx2 x f32 in [0.0, 2.55] storage s8) {\n  return %x\n}\n"
+    kind = lowered(text, target, "select-q-formats").inputs[0].type.element
+    assert isinstance(kind, AffineType)
+    assert float(kind.scale.data) == pytest.approx(scale)
+    assert int(kind.zero_point.data) == zero
 
 
 # Tables
@@ -399,6 +434,18 @@ def test_a_mean_sums_first_where_room_would_take_bits_of_its_weight() -> None:
     assert len(kinds(lowered(text, with_accumulator(DSP, bits=21)))) == 4  # 49 * 2^16 would leave them
 
 
+@pytest.mark.parametrize("target", [ASIC, with_accumulator(DSP, bits=20)])
+def test_a_small_mean_of_large_elements_has_room_on_the_way(target: Target) -> None:
+    bits = target.activations.default or 16
+    text = typed(
+        f"%y = ReduceMean %x {{axes=[1], keepdims=false}} : N x s{bits}<2^{-bits - 3}> in [-0.03125, 0.03125]",
+        x=f"Nx32 x s{bits}<2^{1 - bits}>",
+    )
+    end = 7 << (bits - 4)
+    x = np.array([[-end] * 16 + [end] * 16, [end] * 16 + [-end] * 16])
+    assert np.abs(run(text, target, x=x)).max() <= 2
+
+
 def test_a_mean_in_a_guarded_accumulator() -> None:
     """140 times 127 leaves 15 bits on the way; read out of 23 bits to 15, the sum saturates."""
     target = replace(
@@ -412,6 +459,13 @@ def test_a_mean_in_a_guarded_accumulator() -> None:
     assert y.tolist() == [round(16383 / 140), 50, round(16383 / 140)]
     guarded = [str(op.result.type.element) for op in lowered(text, target).ops]
     assert guarded[:2] == ["s23", "s15"]
+
+
+def test_a_mean_sums_elements_and_no_products() -> None:
+    target = replace(ARM, product=Product(8, Overflow.SATURATE, 1))
+    text = typed("%y = ReduceMean %x {axes=[1], keepdims=false} : N x s8<1.0> in [-1.0, 1.0]", x="Nx3 x s8<1.0>")
+    assert run(text, target, x=[[100, 101, 102]]).tolist() == [101]
+    assert "product" not in str(lowered(text, target))
 
 
 def test_a_mean_takes_the_width_that_is_proved() -> None:

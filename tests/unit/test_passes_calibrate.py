@@ -15,9 +15,11 @@ from property.float_graphs import graphs
 from qir.arrays import Array
 from qir.calibration import Calibration, Histogram
 from qir.errors import CalibrationError
-from qir.interpreter import trace
+from qir.interpreter import evaluate, trace
+from qir.interval import Interval
 from qir.ir import Graph, Stage
 from qir.ops.float_elementwise import Div
+from qir.ops.float_nn import MatMul
 from qir.ops.float_pool import ArgMax
 from qir.parser import parse
 from qir.pass_manager import Feeds, PassContext, Pipeline
@@ -26,7 +28,7 @@ from qir.passes.canonicalize import Canonicalize
 from qir.printer import print_graph, resources
 from qir.rewrite import GraphBuilder
 from qir.types import BATCH, F32, TensorType
-from qir.verifier import verify
+from qir.verifier import find_faults, verify
 
 
 def ratio() -> Graph:
@@ -144,3 +146,56 @@ def test_what_was_observed_before_a_pass_may_not_fit_behind_it() -> None:
     calibration = observe(graph, [{"x": np.ones((1, 1), np.float32)}])
     kept = apply(Pipeline([Canonicalize()]).run(graph, PassContext()), calibration)
     assert [v.name for v in kept.values() if v.histogram is not None] == ["x", "half", "y"]
+
+
+FUSED = """graph @g stage=float (%x: Nx2 x f32) {
+  %w = const {value=f32 2x1 [1.0, -1.0]} : 2x1 x f32
+  %y = MatMul %x, %w {clip=[0.0, inf]} : Nx1 x f32
+  %z = Add %y, %y {clip=[0.0, 1.0]} : Nx1 x f32
+  return %z
+}
+"""
+
+
+def test_of_sums_the_ends_before_a_fused_activation_are_kept() -> None:
+    graph, data = parse(FUSED), {"x": np.array([[1, 3], [2, 1], [0, 0]], np.float32)}
+    after = Calibrate().run(graph, PassContext(calibration=[data]))
+    (product,) = (op for op in after.ops if isinstance(op, MatMul))
+    assert (product.clip, product.unclipped) == ((0.0, np.inf), (-2.0, 1.0))
+    assert product.sum_range == Interval(-2.0, 1.0)
+    assert product.result.histogram is not None
+    assert Histogram.from_array(product.result.histogram.data) == Histogram.of([0.0, 1.0, 0.0])
+    assert parse(print_graph(after), resources(after)) == after
+    assert [(v.name, a.tolist()) for v, a in evaluate(after, data)][-2:] == [
+        ("y", [[0.0], [1.0], [0.0]]),
+        ("z", [[0.0], [1.0], [0.0]]),
+    ]
+
+
+def test_ends_merge_and_may_be_missing() -> None:
+    graph = parse(FUSED)
+    shards = [observe(graph, [{"x": np.array([row], np.float32)}]) for row in ([1, 3], [5, 1])]
+    for first, second in (shards, shards[::-1]):
+        (_, product, _) = apply(graph, first.merge(second)).ops
+        assert getattr(product, "unclipped", None) == (-2.0, 4.0)
+    bare = Calibration({v.name: Histogram.of([0.0, 1.0]) for v in (*graph.inputs, graph.value("y"), graph.value("z"))})
+    (_, product, _) = apply(graph, bare).ops
+    assert isinstance(product, MatMul)
+    assert product.unclipped is None
+    assert product.sum_range is product.result.range
+
+
+def test_an_activation_that_is_not_fused_has_no_ends_of_its_own() -> None:
+    graph = parse(FUSED.replace(" {clip=[0.0, inf]}", ""))
+    calibration = observe(graph, [{"x": np.ones((1, 2), np.float32)}])
+    assert set(calibration) == {"x", "y", "z"}
+    assert getattr(apply(graph, calibration).ops[1], "unclipped", None) is None
+
+
+@pytest.mark.parametrize(
+    "attributes", ["unclipped=[0.0, 1.0]", "clip=[0.0, 1.0], unclipped=[0.0]", "clip=[0.0, 1.0], unclipped=[1.0, 0.0]"]
+)
+def test_ends_that_are_none(attributes: str) -> None:
+    faults = find_faults(parse(FUSED.replace("clip=[0.0, inf]", attributes)))
+    assert [f.place for f in faults] == ["MatMul %y"]
+    assert "unclipped takes [lo, hi] with lo <= hi, and belongs to clip" in faults[0].message

@@ -282,7 +282,7 @@ def test_an_op_without_a_rule_spans_its_whole_type_and_is_named() -> None:
 def test_reals_have_no_bounds() -> None:
     graph = parse(
         "graph @g stage=fixed (%x: N x s8<0.5>, %r: N x f32) {\n"
-        "  %y = dequantize %x : N x f32\n  %z = Add %y, %r : N x f32\n"
+        "  %y = dequantize %x : N x f32\n  %z = Add %y, %r : N x f32 island\n"
         "  %q = quantize %z {rule=divide, rounding=half_even} : N x s8[-5, 6]<0.5>\n  return %q\n}\n"
     )
     proof = prove(graph)
@@ -334,3 +334,26 @@ def test_constants_of_any_width_are_exact(bits: int, signed: bool) -> None:
     partial = prove(graph).steps[graph.ops[-1]].partial
     reached = [a * low for a in (-128, 127)]
     assert partial == Interval(min(0, *ends, *reached), max(0, *ends, *reached))
+
+
+def test_a_zero_point_at_the_end_of_64_bits_is_subtracted_exactly() -> None:
+    graph = parse(f"""
+        graph @g stage=fixed (%x: Nx1 x s64<0.5, zero={-(1 << 63)}>) {{
+          %w = const {{value=s8 1x1 [1]}} : 1x1 x s8
+          %y = matmul %x, %w {{accumulator=s64, overflow=saturate, order=khwc}} : Nx1 x s64
+          return %y
+        }}""")
+    assert prove(graph).steps[graph.ops[-1]].partial == Interval(0, (1 << 64) - 1)
+
+
+def test_a_zero_point_of_the_result_is_added_exactly() -> None:
+    graph = parse(f"""
+        graph @g stage=fixed (%x: N x s16) {{
+          %y = requantize %x {{multiplier=s64 [1234567890], shift=s64 [5], form=reduced_16, input_shift=0, overflow=saturate}} : N x s64<0.5, zero={-(1 << 63)}>
+          return %y
+        }}""")  # noqa: E501
+    feeds = {"x": np.array([-32768, -1, 1], np.int16)}
+    expected = interpret(graph, feeds, unbounded=True)["y"]
+    assert np.array_equal(interpret(graph, feeds)["y"], expected)
+    assert expected[:2].tolist() == [-(1 << 63)] * 2
+    assert int(prove(graph).bounds[graph.outputs[0]].hull.lo) == -(1 << 63)

@@ -543,12 +543,12 @@ CONTRADICTIONS: dict[str, tuple[str, str]] = {
         "accumulator.guard_bits: an accumulator of the proved width needs none",
     ),
     "an accumulator too wide": (
-        case("dsp16", "[accumulator]", "bits = 60  # here", "guard_bits = 5"),
-        "accumulator.bits: an accumulator has 2 to 64 bits, guard bits included",
+        case("dsp16", "[accumulator]", "bits = 60", "guard_bits = 5  # here"),
+        "accumulator.guard_bits: at most 64 bits with those of the accumulator, and not 5",
     ),
     "an accumulator of one bit": (
         case("dsp16", "[accumulator]", "bits = 1  # here"),
-        "accumulator.bits: an accumulator has 2 to 64 bits, guard bits included",
+        "accumulator.bits: an accumulator has 2 to 64 bits, not 1",
     ),
     "rounded sums with guard bits": (
         case("dsp16-acc40", "[accumulator]", 'rounding = "floor"  # here'),
@@ -643,8 +643,8 @@ CONTRADICTIONS: dict[str, tuple[str, str]] = {
         "product.bits: a product cannot be cast to an accumulator whose width is to be proved",
     ),
     "narrowed products of a proved sum": (
-        case("fpga", "[product]", "bits = 16  # here"),
-        "product.bits: an accumulator of the proved width takes exact products",
+        case("fpga", "[product]  # here", "bits = 16"),
+        "product.overflow: an accumulator of the proved width takes products that are exact or wrap",
     ),
     "a width of both kinds": (
         case("tensorrt", "[weights]", "bits = [4, 8]", "[costs.mac]", '"4x8" = 1'),
