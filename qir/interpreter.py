@@ -73,9 +73,14 @@ def evaluate_op(op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) 
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # IEEE 754 says what comes of these
             found = op.eval_float(*operands)  # type: ignore[attr-defined]
     else:
-        as_objects = unbounded or op.intermediate_bits() > 63
+        as_objects = unbounded or op.intermediate_bits() > 63 or any(_leaves_int64(v) for v in op.results)
         found = op.eval_int(*(_widened(a, as_objects) for a in operands))  # type: ignore[attr-defined]
     return tuple(_stored(a, v.type) for a, v in zip(found, op.results, strict=True))
+
+
+def _leaves_int64(value: Value) -> bool:
+    storage = storage_of(value.type.element)
+    return storage is not None and storage.bits == 64 and not storage.signed
 
 
 def _widened(array: Tensor, as_objects: bool) -> Tensor:

@@ -126,7 +126,7 @@ class Requantize(Op):
         """The value before it is narrowed, for centred x (last axis: the channels of the multipliers)."""
         shifted = x << self.input_shift if self.input_shift else x
         scaled = requantize(shifted, self.multiplier.data, self.shift.data, self.form, self.rounding)
-        if self._largest_zero() >> 61:  # the sum may leave int64
+        if self._largest_zero() >> 61 or self.storage.hi >> 63:  # what follows may leave int64
             scaled = exact(np.asarray(scaled))
         return np.asarray(scaled + zero_array(self.result.type.element))
 
