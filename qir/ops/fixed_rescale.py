@@ -98,7 +98,7 @@ class Requantize(Op):
         yield from result_faults(self.result.type.element, self.overflow)
 
     def intermediate_bits(self) -> int:
-        """The shifted operand, its product with a multiplier where the form does not wrap it to 32 bits, and the sum."""
+        """The shifted operand, its product with a multiplier where the form does not wrap to 32 bits, and the sum."""
         kind = self.operands[0].type.element
         storage, zeros = storage_of(kind), zero_array(kind)
         if storage is None:
