@@ -69,13 +69,15 @@ class NotOnnx(Exception):
     """The graph holds something that this writer cannot say in an ONNX model."""
 
 
-def graph_to_onnx(fixed: Graph, typed: Graph | None = None) -> onnx.ModelProto:
+def graph_to_onnx(fixed: Graph, typed: Graph | None = None, *, in_reals: bool = False) -> onnx.ModelProto:
     """A model that takes and gives the raw integers of `fixed`, under the same names.
 
     A table does not say which function it holds: `typed` is the graph before legalize, where the op that makes the
-    value of the same name does. Raises NotOnnx, which names the op, for whatever has no counterpart.
+    value of the same name does. With `in_reals` matrix products and means are ops on reals, between DequantizeLinear
+    and QuantizeLinear, as in the QDQ models that quantizers write; near ties these round otherwise than the integers.
+    Raises NotOnnx, which names the op, for whatever has no counterpart.
     """
-    return _Writer(fixed, typed).write()
+    return _Writer(fixed, typed, in_reals).write()
 
 
 class OnnxRuntime:
@@ -96,9 +98,10 @@ class OnnxRuntime:
 
 
 class _Writer:
-    def __init__(self, graph: Graph, typed: Graph | None) -> None:
+    def __init__(self, graph: Graph, typed: Graph | None, in_reals: bool) -> None:
         self.graph = graph
         self.typed = typed
+        self.in_reals = in_reals
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.plain: dict[Value, str] = {}
@@ -266,6 +269,9 @@ class _Writer:
         """QGemm, which takes a bias, is of matrices."""
         assert isinstance(source, FixedMatMul)
         a, b = source.operands[:2]
+        if self.in_reals:
+            self.matmul_in_reals(source, op)
+            return
         left, *quantization = self.quantized(a)
         right, bias = self.quantized(b), self.bias(source)
         if not bias:
@@ -279,6 +285,19 @@ class _Writer:
         result = self.node("QGemm", operands, domain=_MICROSOFT)
         self.plain[op.result] = self.shaped_as(self.narrowed(op.result, result), op.result)
 
+    def matmul_in_reals(self, source: Op, op: Op) -> None:
+        """MatMul and Add; the bias is dequantized at the product of the scales."""
+        a, b = source.operands[:2]
+        left, right = (self.node("DequantizeLinear", self.quantized(v), **self.along(v)) for v in (a, b))
+        found = self.node("MatMul", [left, right])
+        for bias in self.bias(source):
+            steps = np.asarray(self.scales(a) * self.scales(b), np.float32)
+            axis = {"axis": 0} if steps.ndim else {}
+            real = self.node("DequantizeLinear", [bias, self.constant(steps)], **axis)
+            found = self.node("Add", [found, real])
+        found = self.node("QuantizeLinear", [found, *self.quantization(op.result)])
+        self.plain[op.result] = self.narrowed(op.result, found)
+
     def mul(self, source: Op, op: Op) -> None:
         if zero_array(op.result.type.element).any():
             raise NotOnnx(f"{op.describe()}: QLinearMul adds the zero point before it rounds")
@@ -288,6 +307,13 @@ class _Writer:
     def mean(self, source: Op, op: Op) -> None:
         assert isinstance(source, ReduceSum)
         x = source.operands[0]
+        if self.in_reals:
+            real = self.node("DequantizeLinear", self.quantized(x))
+            axes = self.constant(source.axes, np.int64)
+            mean = self.node("ReduceMean", [real, axes], keepdims=int(source.keepdims))
+            found = self.node("QuantizeLinear", [mean, *self.quantization(op.result)])
+            self.plain[op.result] = self.narrowed(op.result, found)
+            return
         kept = [axis for axis in range(x.type.rank) if axis not in source.axes]
         moved = self.node("Transpose", [self.read(x)], perm=[*kept, *source.axes])
         others = [int(x.type.shape[axis]) for axis in kept[1:]]
