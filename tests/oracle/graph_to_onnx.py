@@ -292,7 +292,7 @@ class _Writer:
         found = self.node("MatMul", [left, right])
         for bias in self.bias(source):
             steps = np.asarray(self.scales(a) * self.scales(b), np.float32)
-            axis = {"axis": 0} if steps.ndim else {}
+            axis: dict[str, Any] = {"axis": 0} if steps.ndim else {}
             real = self.node("DequantizeLinear", [bias, self.constant(steps)], **axis)
             found = self.node("Add", [found, real])
         found = self.node("QuantizeLinear", [found, *self.quantization(op.result)])
