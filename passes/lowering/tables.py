@@ -50,7 +50,8 @@ def lower_function(b: Lowering, op: Op) -> None:
     if rule is FunctionRule.TENSORFLOW_LITE and not isinstance(op, HardSigmoid):
         made, rows = _native(b, op, slopes)
     else:
-        value = _index(b, op, value)
+        if rule is FunctionRule.REAL:
+            value = _index(b, op, value)
         made, rows = final, _real(b, op, value, slopes)
     entries = np.clip(rows, made.storage.lo, made.storage.hi).astype(made.storage.dtype)
     array = Array(entries[0] if len(entries) == 1 else entries, f"{op.result.name}.table")
