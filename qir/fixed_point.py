@@ -233,7 +233,8 @@ def requantize(
     - `double_round`: SQRDMULH of `acc << max(shift, 0)` and the multiplier, then / 2^max(-shift, 0), ties away.
     - `neon`: the same, but the second rounding takes ties up (the instruction pair vqrdmulh, vrshl).
     - `single_round`: `acc * multiplier * 2^(shift-31)`, ties up. int64 arrays: |acc| < 2^32.
-    - `reduced_16`: `acc * reduced_multiplier(multiplier) * 2^(shift-15)`, ties up. int64 arrays: |acc| < 2^48.
+    - `reduced_16`: `acc * reduced_multiplier(multiplier) * 2^(shift-15)`, ties up, wrapped to 32 bits. int64 arrays:
+      |acc| < 2^48.
     - `shift`: `acc * 2^shift`, rounded by `rounding`; the multiplier is not read.
     - `float32`: `float32(acc) * float32(multiplier)` in float32, ties to even; the shift is not read.
     - `double_away`: `float64(acc) * float64(multiplier)` in float64, ties away from zero; the shift is not read.
@@ -249,7 +250,7 @@ def requantize(
         case RequantizeForm.SINGLE_ROUND:
             return _multiply_then_shift(acc, multiplier, shift, bits=31)
         case RequantizeForm.REDUCED_16:
-            return _multiply_then_shift(acc, reduced_multiplier(multiplier), shift, bits=15)
+            return wrap(multiply_by_reduced_multiplier(acc, multiplier, shift), 32)
         case RequantizeForm.SHIFT:
             if rounding is None:
                 raise FixedPointError("the requantization form `shift` needs a rounding mode")
@@ -261,6 +262,11 @@ def requantize(
             return _to_integers(np.rint(scaled))
         case RequantizeForm.DOUBLE_AWAY:
             return round_half_away(_exact_int64(acc).astype(np.float64) * np.asarray(multiplier, np.float64))
+
+
+def multiply_by_reduced_multiplier(acc: Integers, multiplier: Integers, shift: Integers) -> Integers:
+    """`acc * reduced_multiplier(multiplier) * 2^(shift-15)`, ties up: the form `reduced_16` before it wraps."""
+    return _multiply_then_shift(acc, reduced_multiplier(multiplier), shift, bits=15)
 
 
 def reduced_multiplier(multiplier: Integers) -> Integers:

@@ -153,6 +153,7 @@ def _once(op: Requantize, parts: _Parts, multiplier: Tensor, bits: int, reach: i
             parts.along(op.input_shift, np.int64),
             parts.along(multiplier, np.int64),
             parts.along(right, np.int64),
+            op.form is RequantizeForm.REDUCED_16,
             parts.low,
             parts.high,
             parts.zero,

@@ -47,9 +47,12 @@ def rescale_twice(
 
 @kernel
 def rescale_once(
-    x: Any, x_zero: Any, left: Any, multiplier: Any, right: Any, low: Any, high: Any, zero: Any, out: Any
+    x: Any, x_zero: Any, left: Any, multiplier: Any, right: Any, wraps: bool, low: Any, high: Any, zero: Any, out: Any
 ) -> None:
-    """`(x << left) * multiplier / 2^right`, ties up: `single_round` and `reduced_16`. int64 inside, right <= 62."""
+    """`(x << left) * multiplier / 2^right`, ties up: `single_round`, and `reduced_16`, which then wraps to 32 bits.
+
+    int64 inside, right <= 62.
+    """
     period = multiplier.shape[0]
     for start in range(0, x.shape[0], period):
         count = min(period, x.shape[0] - start)
@@ -57,7 +60,9 @@ def rescale_once(
         for j in range(count):
             product = ((np.int64(source[j]) - x_zero[j]) << left[j]) * multiplier[j]
             half = (product >> max(right[j] - 1, 0)) & np.int64(1 if right[j] > 0 else 0)
-            target[j] = min(max((product >> right[j]) + half, low[j]), high[j]) + zero[j]
+            rounded = (product >> right[j]) + half
+            rounded = np.int64(np.int32(rounded)) if wraps else rounded
+            target[j] = min(max(rounded, low[j]), high[j]) + zero[j]
 
 
 @kernel

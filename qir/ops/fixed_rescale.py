@@ -12,7 +12,14 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.errors import QirError
-from qir.fixed_point import Overflow, RequantizeForm, Rounding, narrow, requantize
+from qir.fixed_point import (
+    Overflow,
+    RequantizeForm,
+    Rounding,
+    multiply_by_reduced_multiplier,
+    narrow,
+    requantize,
+)
 from qir.interval import Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre, integer_operands
@@ -157,11 +164,17 @@ class Requantize(Op):
         return narrowed(Bounds.of(ends[0], ends[1]), storage, self.overflow)
 
     def _may_wrap(self, x: Interval) -> bool:
-        """Whether the 32-bit left shift of the TFLite forms can wrap, which would break monotonicity."""
-        if self.form not in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON):
+        """Whether 32 bits can wrap, which would break monotonicity: a left shift before, or `reduced_16` after."""
+        lo, hi = (int(end) << self.input_shift for end in (x.lo, x.hi))
+        if self.form is RequantizeForm.REDUCED_16:
+            ends = [multiply_by_reduced_multiplier(exact(e), self.multiplier.data, self.shift.data) for e in (lo, hi)]
+            lo, hi = int(np.min(ends, initial=0)), int(np.max(ends, initial=0))
+        elif self.form in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON):
+            left = max(int(self.shift.data.max(initial=0)), 0)
+            lo, hi = lo << left, hi << left
+        else:
             return False
-        left = self.input_shift + max(int(self.shift.data.max(initial=0)), 0)
-        return not -(1 << 31) <= int(x.lo) << left <= int(x.hi) << left < 1 << 31
+        return not -(1 << 31) <= lo <= hi < 1 << 31
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -242,7 +242,8 @@ def defined_requantize(acc: int, multiplier: int, shift: int, form: RequantizeFo
         return exact_round(acc * multiplier * Fraction(2) ** (shift - 31), Rounding.HALF_UP)
     if form is RequantizeForm.REDUCED_16:
         reduced = 0x7FFF if multiplier >= 0x7FFF0000 else (multiplier + (1 << 15)) >> 16
-        return exact_round(acc * reduced * Fraction(2) ** (shift - 15), Rounding.HALF_UP)
+        rounded = exact_round(acc * reduced * Fraction(2) ** (shift - 15), Rounding.HALF_UP)
+        return (rounded + (1 << 31)) % (1 << 32) - (1 << 31)
     shifted = ((acc << max(shift, 0)) + (1 << 31)) % (1 << 32) - (1 << 31)
     high = exact_round(Fraction(shifted * multiplier, 1 << 31), Rounding.HALF_UP)
     second = Rounding.HALF_AWAY if form is RequantizeForm.DOUBLE_ROUND else Rounding.HALF_UP
