@@ -19,7 +19,7 @@ from qir.ops.fixed_rescale import Dequantize, Quantize, QuantizeRule, Requantize
 from qir.ops.movement import FixedReshape, FixedTranspose
 from qir.passes.lowering.factors import Factor, factor
 from qir.rewrite import Rewriter
-from qir.target import Product, Target, Width
+from qir.target import Product, Requantizer, Target, Width
 from qir.types import (
     AffineType,
     Dim,
@@ -191,7 +191,13 @@ class Lowering(Rewriter):
             attributes |= {"product": kind, "product_overflow": overflow}
         inner = f"{name}.guarded" if contract.guard_bits else name
         total = self.emit(op_class, operands, accumulator=register, name=inner, location=location, **attributes)
-        return self.narrowed(total, read, name=name, location=location) if contract.guard_bits else total
+        if not contract.guard_bits:
+            return total
+        rounding, overflow = (
+            Rounding.FLOOR,
+            contract.overflow,
+        )  # nothing is rounded: the same integers in a narrower type
+        return self.shifted(total, 0, read, rounding=rounding, overflow=overflow, name=name, location=location)
 
     def _proved_bits(
         self, op_class: type[Accumulating], operands: Sequence[Value], attributes: Mapping[str, Any]
@@ -214,18 +220,6 @@ class Lowering(Rewriter):
         assert storage is not None
         return Bounds.of(storage.lo, storage.hi)
 
-    def narrowed(self, value: Value, storage: IntegerType, *, name: str, location: str) -> Value:
-        """The same integers in a narrower type, by the overflow mode of the accumulator."""
-        return self.emit(
-            Requantize,
-            [value],
-            elements=[storage],
-            overflow=self.target.accumulator.overflow,
-            **_shift_attributes(0, Rounding.FLOOR, name),
-            name=name,
-            location=location,
-        )
-
     def shifted(
         self,
         value: Value,
@@ -238,13 +232,14 @@ class Lowering(Rewriter):
         overflow: Overflow = Overflow.SATURATE,
     ) -> Value:
         """`value * 2**shift`, rounded as the contract rescales, and saturated where nothing else is said."""
-        rule = self.target.requantization.of("rescale")
+        rounding = rounding or self.target.requantization.of("rescale").rounding or Rounding.FLOOR
+        factor = Factor(np.array(1, np.int64), np.array(shift, np.int64))
         return self.emit(
             Requantize,
             [value],
             elements=[element],
             overflow=overflow,
-            **_shift_attributes(shift, rounding or rule.rounding or Rounding.FLOOR, name),
+            **_formula(Requantizer(RequantizeForm.SHIFT, rounding), factor, name),
             name=name,
             location=location,
         )
@@ -265,13 +260,7 @@ class Lowering(Rewriter):
         Where results overflow by another mode than saturation, a fused activation comes first, as a step of its own.
         """
         rule, overflow = self.target.requantization.of(kind), self.target.requantization.overflow
-        attributes: dict[str, Any] = {
-            "multiplier": Array(factor.multiplier, f"{name}.multiplier"),
-            "shift": Array(factor.shift, f"{name}.shift"),
-            "form": rule.form,
-            "rounding": rule.rounding,
-            "input_shift": input_shift,
-        }
+        attributes = {**_formula(rule, factor, name), "input_shift": input_shift}
         storage = storage_of(element)
         assert storage is not None
         if not isinstance(element, AffineType | FixedPointType):
@@ -321,10 +310,7 @@ class Lowering(Rewriter):
             Requantize,
             [value],
             elements=[element],
-            multiplier=Array(factor.multiplier, f"{name}.multiplier"),
-            shift=Array(factor.shift, f"{name}.shift"),
-            form=rule.form,
-            rounding=rule.rounding,
+            **_formula(rule, factor, name),
             overflow=Overflow.SATURATE,
             name=name,
             location=location,
@@ -425,10 +411,11 @@ def scale_of(element: QuantizedType) -> np.float32:
     return np.float32(scale_array(element))
 
 
-def _shift_attributes(shift: int, rounding: Rounding, name: str) -> dict[str, Any]:
+def _formula(rule: Requantizer, factor: Factor, name: str) -> dict[str, Any]:
+    """The attributes of a requantize that say what is computed."""
     return {
-        "multiplier": Array(np.array(1, np.int64), f"{name}.multiplier"),
-        "shift": Array(np.array(shift, np.int64), f"{name}.shift"),
-        "form": RequantizeForm.SHIFT,
-        "rounding": rounding,
+        "multiplier": Array(factor.multiplier, f"{name}.multiplier"),
+        "shift": Array(factor.shift, f"{name}.shift"),
+        "form": rule.form,
+        "rounding": rule.rounding,
     }
