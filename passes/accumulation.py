@@ -46,8 +46,7 @@ def sum_scale(
     step = np.float64(input_scale) * np.asarray(weight_scales, np.float64) * 2.0**-target.product.shift
     if target.accumulator.rounding is None or not step.size:
         return SumScale(step, target.product.shift)
-    needed = reach(interval) / (float(step.min()) * largest_sum(target))
-    dropped = max(0, math.ceil(math.log2(needed))) if needed > 0 else 0
+    dropped = _lacking_bits(target, float(step.min()), interval)
     return SumScale(step * 2.0**dropped, target.product.shift - dropped)
 
 
@@ -56,8 +55,15 @@ def excess_bits(target: Target, product_scale: float, interval: Interval | None)
 
     `interval` is the calibrated range of the result. None are where sums may be rounded: `sum_scale` drops bits there.
     """
-    needed = reach(interval) / (product_scale * 2.0**-target.product.shift * largest_sum(target))
-    return 0 if target.accumulator.rounding is not None or needed <= 1 else math.ceil(math.log2(needed))
+    if target.accumulator.rounding is not None:
+        return 0
+    return _lacking_bits(target, product_scale * 2.0**-target.product.shift, interval)
+
+
+def _lacking_bits(target: Target, step: float, interval: Interval | None) -> int:
+    """By how many powers of two a step of the accumulator is too small for it to hold the sums of a result."""
+    needed = reach(interval) / (step * largest_sum(target))
+    return math.ceil(math.log2(needed)) if needed > 1 else 0
 
 
 def least_weight_scale(

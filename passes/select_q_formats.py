@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qir.arrays import Array
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
-from qir.fixed_point import Overflow, round_half_away
+from qir.fixed_point import Overflow, floor_log2, round_half_away
 from qir.integer_functions_16 import OUTPUT_SCALE
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_elementwise import Sigmoid, Tanh
@@ -227,7 +227,7 @@ def _weight_types(
         steps = sum_scale(target, input_scale, scales, op.sum_range).step
         axis_of_bias, name = (0 if steps.ndim else None), graph.constants[bias].name
         if target.weights.scales is Scales.POWER_OF_TWO:
-            yield bias, bias.type.with_element(fixed_point(_storage(bias), np.frexp(steps)[1] - 1, axis_of_bias))
+            yield bias, bias.type.with_element(fixed_point(_storage(bias), floor_log2(steps), axis_of_bias))
         else:
             kind = affine(_storage(bias), steps.astype(np.float32), 0, axis_of_bias, name)
             yield bias, bias.type.with_element(kind)
@@ -253,8 +253,8 @@ def _weight_format(
         return affine(storage, scales, zeros, chosen, data.name)
     scales = weight_scales(data.data, storage, chosen, least)
     if contract.scales is Scales.POWER_OF_TWO:
-        mantissas, exponents = np.frexp(scales.astype(np.float64))
-        return fixed_point(storage, np.where(mantissas == 0.5, exponents - 1, exponents), chosen)
+        exponents = floor_log2(scales)
+        return fixed_point(storage, exponents + (np.ldexp(np.float32(1), exponents) < scales), chosen)
     return affine(storage, scales, 0, chosen, data.name)
 
 

@@ -166,6 +166,11 @@ def round_half_away(value: Floats) -> Integers:
     return _to_integers(whole + np.where(np.abs(value - whole) >= 0.5, np.copysign(1.0, value), 0.0))
 
 
+def floor_log2(value: Floats) -> npt.NDArray[np.int64]:
+    """The floor of the binary logarithm of positive reals: the exponent of those that are powers of two."""
+    return np.asarray(np.frexp(value)[1] - 1, np.int64)
+
+
 def quantize_multiplier(real: float | np.floating[Any]) -> tuple[int, int]:
     """A non-negative real as `multiplier * 2**(shift - 31)`, with multiplier in [2^30, 2^31) or zero.
 

@@ -11,16 +11,14 @@ import numpy as np
 from qir.backends.kernels import ordered_loops as loops
 from qir.backends.kernels.kernel import WIDEST, Call, Facts, Memory, Tensor, integers, wrapping, zero_along_last
 from qir.backends.kernels.rescale import TIES
-from qir.backends.kernels.sums import Bound, Frame, Sums, broadcast_places, type_names
+from qir.backends.kernels.sums import QUAD, Bound, Frame, Sums, broadcast_places, entering_weights, type_names
 from qir.fixed_point import Overflow, Rounding, kept_bounds
-from qir.ops.accumulate import Accumulating, centre
+from qir.ops.accumulate import Accumulating
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.types import IntegerType
 
 #: Integers below this magnitude are exact in float64.
 _EXACT: Final = 1 << 53
-#: Terms that the loops take at a time.
-_QUAD: Final = 4
 
 _Bind = Callable[[Sequence[Tensor], Sequence[Tensor], np.dtype[Any]], tuple["_Terms", Call | None]]
 
@@ -141,7 +139,7 @@ def _narrowing(storage: IntegerType | None, overflow: Overflow) -> tuple[int, ..
 
 def _padded(places: Tensor, zeros: Tensor, weights: Tensor, number: np.dtype[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Terms up to a multiple of four: the last ones read the first place times zero, which no narrowed sum notices."""
-    more = -places.size % _QUAD
+    more = -places.size % QUAD
     wide = np.pad(weights, ((0, 0), (0, more), (0, 0))).astype(number)
     return np.pad(places, (0, more)), np.pad(zeros, ((0, 0), (0, more))).astype(number), np.ascontiguousarray(wide)
 
@@ -151,7 +149,7 @@ def _convolution(op: Conv2d, facts: Facts) -> _Source | None:
     zero, x_dtype = zero_along_last(x), integers(x).dtype
     if weight not in facts.constants or zero is None:
         return None
-    centred = centre(facts.constants[weight].data.astype(np.int64), weight.type) << max(op.shift, 0)
+    centred = entering_weights(op, facts)
     outputs, _, _, per_group = centred.shape
     grouped = centred.reshape(op.groups, outputs // op.groups, -1, per_group)
     frame = Frame(op)
@@ -182,7 +180,7 @@ def _product(op: FixedMatMul, facts: Facts) -> _Source | None:
     zero = zero_along_last(a)
     if op.operands[1] not in facts.constants or b.rank != 2 or zero is None:
         return _batched_product(op)
-    weights = centre(facts.constants[op.operands[1]].data.astype(np.int64), b)[None] << max(op.shift, 0)
+    weights = entering_weights(op, facts)[None]
     _, length, outputs = weights.shape
     zeros = np.broadcast_to(zero, (length,))[None]
     places, origin = np.arange(length, dtype=np.int64), np.zeros(1, np.int64)
@@ -204,7 +202,7 @@ def _batched_product(op: FixedMatMul) -> _Source | None:
         return None
     inner, outputs = (int(d) for d in b.shape[-2:])
     along = np.broadcast_to(left_zero, (inner,))[None]
-    places, shift, padding = np.arange(inner, dtype=np.int64), max(op.shift, 0), -inner % _QUAD
+    places, shift, padding = np.arange(inner, dtype=np.int64), max(op.shift, 0), -inner % QUAD
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor], number: np.dtype[Any]) -> tuple[_Terms, Call | None]:
         left, right = inputs[:2]

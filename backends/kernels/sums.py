@@ -24,7 +24,7 @@ from qir.ops.accumulate import Accumulating, centre
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 
 #: Terms that the loops take at a time.
-_QUAD: Final = 4
+QUAD: Final = 4
 _TRIPLE: Final = 3
 
 _INT32: Final = np.dtype(np.int32)
@@ -89,6 +89,12 @@ def _sum_dtype(op: Accumulating, facts: Facts) -> np.dtype[Any] | None:
     return next((t for t in (_INT32, _INT64) if fits(ends, t)), None)
 
 
+def entering_weights(op: Accumulating, facts: Facts) -> Tensor:
+    """Constant weights less their zero points, shifted left where the products are."""
+    weight = op.operands[1]
+    return centre(facts.constants[weight].data.astype(np.int64), weight.type) << max(op.shift, 0)
+
+
 def _packed(weights: Tensor, dtype: np.dtype[Any], multiple: int) -> Tensor:
     """Centred weights [..., K, O] with zeros up to a multiple of terms.
 
@@ -128,7 +134,7 @@ def _convolution(op: Conv2d, facts: Facts, dtype: np.dtype[Any]) -> Sums | None:
     zero, x_dtype = zero_along_last(x), integers(x).dtype
     if weight not in facts.constants or zero is None or (any(op.pads) and not fits(zero, x_dtype)):
         return None
-    weights = centre(facts.constants[weight].data.astype(np.int64), weight.type) << op.shift
+    weights = entering_weights(op, facts)
     outputs, _, _, per_group = weights.shape
     grouped = weights.reshape(op.groups, outputs // op.groups, -1, per_group)
     zeros = np.broadcast_to(zero, (op.groups * per_group,)).reshape(op.groups, 1, 1, per_group)
@@ -147,8 +153,8 @@ def _convolution(op: Conv2d, facts: Facts, dtype: np.dtype[Any]) -> Sums | None:
             loops.contract_depthwise(flat, starts, *geometry, places, packed, bias, out, first, last)
 
     else:
-        packed = _packed(grouped.reshape(op.groups, outputs // op.groups, -1).transpose(0, 2, 1), dtype, _QUAD)
-        places = _places([tap + c for tap in frame.taps for c in range(per_group)], _QUAD)
+        packed = _packed(grouped.reshape(op.groups, outputs // op.groups, -1).transpose(0, 2, 1), dtype, QUAD)
+        places = _places([tap + c for tap in frame.taps for c in range(per_group)], QUAD)
         name = "pointwise" if len(frame.taps) == 1 else "conv2d"
 
         def fill(flat: Tensor, starts: Tensor, which: Tensor, out: Tensor, first: int, last: int) -> None:
@@ -201,12 +207,12 @@ def _product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sums | None
     zero = zero_along_last(a)
     if op.operands[1] not in facts.constants or b.rank != 2 or zero is None:
         return None
-    weights = centre(facts.constants[op.operands[1]].data.astype(np.int64), b) << op.shift
+    weights = entering_weights(op, facts)
     length, outputs = weights.shape
     bias = _folded_bias(op, facts, np.broadcast_to(zero, (length,)) @ weights, dtype)
     if bias is None:
         return None
-    packed, places = _packed(weights[None], dtype, _QUAD), _places(range(length), _QUAD)
+    packed, places = _packed(weights[None], dtype, QUAD), _places(range(length), QUAD)
     origin = np.zeros(1, np.int64)
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor]) -> Bound:
@@ -230,8 +236,8 @@ def _batched_product(op: FixedMatMul, facts: Facts, dtype: np.dtype[Any]) -> Sum
     fits_int16 = dtype == _INT32 and all(fits([s.lo, s.hi], np.int16) for s in spans)
     held = np.dtype(np.int16) if fits_int16 else dtype
     offsets = [np.asarray(z).astype(dtype) for z in zeros if z is not None]
-    terms = -(-inner // _QUAD) * _QUAD
-    places = _places(range(inner), _QUAD)
+    terms = -(-inner // QUAD) * QUAD
+    places = _places(range(inner), QUAD)
     scratch = (Memory(kinds[0].shape, held), Memory((*kinds[1].shape[:-2], terms, outputs), held))
 
     def bind(inputs: Sequence[Tensor], scratch: Sequence[Tensor]) -> Bound:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qir.fixed_point import Overflow, Rounding, quantize_multiplier
+from qir.fixed_point import Overflow, Rounding, floor_log2, quantize_multiplier
 from qir.integer_functions import SOFTMAX_ROW_LIMIT, prepare_add, prepare_softmax
 from qir.ir import Op, Value
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub
@@ -19,6 +19,7 @@ from qir.ops.float_elementwise import Activation, Add, Div, Sub
 from qir.ops.float_pool import ArgMax, Softmax
 from qir.passes.lowering.context import Lowering, NoIntegerForm, last_axis
 from qir.passes.lowering.factors import Factor
+from qir.passes.select_q_formats import FIXED_FORMATS
 from qir.target import FORMS_OF_32_BITS, FunctionRule, ProductRule, SumRule
 from qir.types import S8, S32, IntegerType, affine, integer
 
@@ -88,7 +89,7 @@ def _add_on_binary_point(b: Lowering, op: Add | Sub) -> None:
     In 32 bits, or in 64 where the target's own width is free. Where points lie so far apart that the coarser operand
     would leave them, the finer one is rounded.
     """
-    exponents = [int(np.frexp(b.scale(v))[1]) - 1 for v in op.operands]
+    exponents = [int(floor_log2(b.scale(v))) for v in op.operands]
     widest = max(b.format_of(v).storage.bits for v in op.operands) + 1  # a bit is for the sum
     fits = widest + max(exponents) - min(exponents) <= S32.bits
     kind = S32 if fits or isinstance(b.target.accumulator.bits, int) else integer(64)
@@ -135,7 +136,7 @@ def _add_with_multipliers(b: Lowering, op: Add | Sub) -> None:
 def sum_multipliers(scales: Sequence[np.float32], output: np.float32) -> tuple[list[int], int]:
     """XNNPACK's multipliers of at most 21 bits and their shift, from the float32 ratios of scales to the output's."""
     ratios = [np.float32(s / output) for s in scales]
-    shift = 20 - (int(np.frexp(max(abs(r) for r in ratios))[1]) - 1)
+    shift = 20 - int(floor_log2(max(ratios)))
     return [int(np.rint(np.ldexp(np.float64(r), shift))) for r in ratios], shift
 
 
@@ -228,7 +229,7 @@ def lower_softmax(b: Lowering, op: Op) -> None:
         raise NoIntegerForm("integer softmax is defined for 8 signed bits")
     if int(x.type.shape[axis]) >= SOFTMAX_ROW_LIMIT:
         raise NoIntegerForm(f"integer softmax takes rows of fewer than {SOFTMAX_ROW_LIMIT} elements")
-    made, final = affine(S8, 1 / 256, -128), b.format_of(op.result)
+    made, final = affine(S8, *FIXED_FORMATS[Softmax, S8.bits]), b.format_of(op.result)
     last = rank > 2 and axis == 1  # the channels, which stand last of themselves
     moves = axis != rank - 1 and not last
     to_end = (*(i for i in range(rank) if i != axis), axis)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qir.fixed_point import RequantizeForm
+from qir.fixed_point import RequantizeForm, floor_log2
 from qir.integer_functions import Multiplier, mean_multiplier, product_multiplier, rescale_multiplier
 from qir.target import Requantizer
 
@@ -48,8 +48,7 @@ def factor(rule: Requantizer, scales: Sequence[Numbers | np.float32], output: np
         case RequantizeForm.FLOAT32 | RequantizeForm.DOUBLE_AWAY:
             return _real(rule, arrays, output, count)
         case RequantizeForm.SHIFT:
-            exponents = sum((np.frexp(a)[1].astype(np.int64) - 1 for a in arrays), np.zeros((), np.int64))
-            shift = np.asarray(exponents - (int(np.frexp(output)[1]) - 1))
+            shift = np.asarray(sum(floor_log2(a) for a in arrays) - floor_log2(output))
             assert count == 1
             return Factor(np.ones_like(shift), shift)
     pairs = [_pair([a.reshape(-1)[i] for a in arrays], output, count) for i in range(arrays[0].size)]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.fixed_point import RequantizeForm, Rounding
+from qir.fixed_point import RequantizeForm, Rounding, floor_log2
 from qir.interval import Interval
 from qir.ir import Op, Value
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
@@ -204,7 +204,7 @@ def _mean_by_products(
     if loses_bits and _holds_sum(b, x, count):
         up = (count - 1).bit_length()
         scale = np.float32(np.ldexp(scale, up))
-        kind = fixed_point(b.target.activations.storage(b.format_of(x).storage.bits), _point(scale))
+        kind = fixed_point(b.target.activations.storage(b.format_of(x).storage.bits), int(floor_log2(scale)))
         total, factor = _times(b, op, rows, b.scale(x), 1.0, 0, kind)
         rows = b.requantize(total, factor, kind, kind="mean", name=f"{name}.sum", location=op.location)
         exponent, _ = _mean_exponent(b, x, scale, count)
@@ -251,8 +251,3 @@ def _times(
     sums = sum_scale(b.target, float(scale), np.asarray(step), Interval(-largest, largest))
     total = b.sum_of(FixedMatMul, [rows, second], sums.shift, name=f"{name}.acc", location=op.location)
     return total, b.factor("mean", [_entering(scale, sums.shift), step], output)
-
-
-def _point(scale: np.float32) -> int:
-    """The exponent of a power of two."""
-    return int(np.frexp(scale)[1]) - 1

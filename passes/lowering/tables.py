@@ -22,22 +22,17 @@ from qir.integer_functions import (
     rescale_multiplier,
     tanh,
 )
-from qir.integer_functions_16 import OUTPUT_SCALE, logistic_16, tanh_16
+from qir.integer_functions_16 import logistic_16, tanh_16
 from qir.ir import Op, Value
 from qir.ops.fixed_elementwise import Table
 from qir.ops.fixed_rescale import quantize_reals
 from qir.ops.float_elementwise import HardSigmoid, HardSwish, LeakyRelu, PRelu, Sigmoid, Tanh
 from qir.passes.lowering.context import IntArray, Lowering, NoIntegerForm, scale_of
+from qir.passes.select_q_formats import FIXED_FORMATS
 from qir.target import FunctionRule
-from qir.types import S8, S16, FixedPointType, QuantizedType, TensorType, affine, container_bounds, fixed_point, integer
+from qir.types import FixedPointType, QuantizedType, TensorType, affine, container_bounds, fixed_point, integer
 
 _FORMS = (RequantizeForm.DOUBLE_ROUND, RequantizeForm.SINGLE_ROUND, RequantizeForm.NEON)
-_NATIVE = {
-    (Sigmoid, 8): affine(S8, 1 / 256, -128),
-    (Tanh, 8): affine(S8, 1 / 128, 0),
-    (Sigmoid, 16): affine(S16, OUTPUT_SCALE),
-    (Tanh, 16): affine(S16, OUTPUT_SCALE),
-}
 _OF_16_BITS = (LeakyRelu, Sigmoid, Tanh)
 
 
@@ -96,11 +91,11 @@ def _native(b: Lowering, op: Op, slope: Value | None) -> tuple[QuantizedType, In
     match op:
         case Sigmoid() | Tanh() if storage.bits == 16:
             function = logistic_16 if isinstance(op, Sigmoid) else tanh_16
-            return _NATIVE[type(op), 16], function(q - zero, input_scale)
+            return _fixed(op, 16), function(q - zero, input_scale)
         case Sigmoid():
-            return _NATIVE[Sigmoid, 8], logistic(q, zero, prepare_sigmoid(input_scale))
+            return _fixed(op, 8), logistic(q, zero, prepare_sigmoid(input_scale))
         case Tanh():
-            return _NATIVE[Tanh, 8], tanh(q, zero, prepare_sigmoid(input_scale))
+            return _fixed(op, 8), tanh(q, zero, prepare_sigmoid(input_scale))
         case HardSwish():
             return final, hard_swish(q, zero, prepare_hard_swish(input_scale, output_scale), output_zero)
         case LeakyRelu():
@@ -108,6 +103,11 @@ def _native(b: Lowering, op: Op, slope: Value | None) -> tuple[QuantizedType, In
             return final, leaky_relu(q, zero, *factors, output_zero, form)
         case _:
             raise NoIntegerForm("the target has no table for it")
+
+
+def _fixed(op: Op, bits: int) -> QuantizedType:
+    """The only format in which TensorFlow Lite's algorithm for an op gives its results."""
+    return affine(integer(bits), *FIXED_FORMATS[type(op), bits])
 
 
 def _index(b: Lowering, op: Op, value: Value) -> Value:
