@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.errors import PassError
+from qir.fixed_point import floor_log2
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_nn import Conv
@@ -153,7 +154,7 @@ class Maker(GraphBuilder):
         """
         weight = self.weights(integers, op_class)
         interval, steps = self._sums(x, weight, drop)
-        result = self.format(int(np.frexp(float(steps.max(initial=0)))[1]) - 1 + right)
+        result = self.format(int(floor_log2(steps.max(initial=0))) + right)
         operands = [x, weight]
         if bias is not None:
             chosen = bias(steps / scale_array(result), int(zero_array(result))) if callable(bias) else bias
@@ -175,7 +176,7 @@ class Maker(GraphBuilder):
         storage, axis = bias_storage(self.target), 0 if steps.ndim else None
         element: QuantizedType
         if self.target.weights.scales is Scales.POWER_OF_TWO:
-            element = fixed_point(storage, np.frexp(steps)[1] - 1, axis)
+            element = fixed_point(storage, floor_log2(steps), axis)
         else:
             element = affine(storage, steps.astype(np.float32), 0, axis)
         return self.real_constant(np.clip(integers, storage.lo, storage.hi), element)
@@ -237,7 +238,7 @@ def scale_of(value: Value) -> np.float32:
 
 def exponent_of(value: Value) -> int:
     """The exponent of the largest power of two that its scale reaches."""
-    return int(np.frexp(scale_of(value))[1]) - 1
+    return int(floor_log2(scale_of(value)))
 
 
 def zero_of(value: Value) -> int:
