@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -197,7 +198,8 @@ class Accumulator:
 
     Without guard bits `overflow` acts at every step, in `order`. With them the register is `guard_bits` wider and
     wraps, and `overflow` acts once, when it is read out to `bits`. `rounding` is there where a sum may keep fewer
-    fraction bits than the products and is rounded at every step.
+    fraction bits than the products and is rounded at every step. `wider` lists the further widths of registers that
+    the chip can sum in, ascending: what insert-saturation may take for sums that do not fit.
     """
 
     bits: int | Width
@@ -205,6 +207,7 @@ class Accumulator:
     order: Order
     guard_bits: int = 0
     rounding: Rounding | None = None
+    wider: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.overflow is Overflow.NONE:
@@ -224,6 +227,13 @@ class Accumulator:
             raise ContractError(
                 "rounding", "an accumulator of guard bits or of the proved width keeps all fraction bits"
             )
+        if self.wider and isinstance(self.bits, Width):
+            raise ContractError("wider", "an accumulator of the proved width is as wide as it need be")
+        if isinstance(self.bits, int):
+            widths = (self.bits + self.guard_bits, *self.wider)
+            if any(a >= b for a, b in itertools.pairwise(widths)) or widths[-1] > 64:
+                message = f"further widths ascend from the accumulator's {widths[0]} bits to 64 at most"
+                raise ContractError("wider", f"{message}, and {list(self.wider)} do not")
 
 
 @dataclass(frozen=True)
@@ -499,7 +509,7 @@ def _print_fields(item: Any, section: str, lines: list[str]) -> None:
     nested: list[tuple[str, Any]] = []
     for column in dataclasses.fields(item):
         value = getattr(item, column.name)
-        if value is None:
+        if value is None or value == ():
             continue
         if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
             nested.append((column.name, value))

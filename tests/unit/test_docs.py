@@ -207,7 +207,8 @@ def _kinds(hint: object) -> tuple[Any, ...]:
 def _default(item: Field[Any]) -> str:
     if item.default is MISSING:
         return "-" if item.default_factory is MISSING else "{}"
-    return str(item.default).lower()
+    default = list(item.default) if isinstance(item.default, tuple) else item.default
+    return str(default).lower()
 
 
 def _accepted(path: str, values: str, hint: object) -> None:

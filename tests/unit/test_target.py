@@ -116,6 +116,7 @@ PROMISES: dict[str, dict[str, Any]] = {
         "accumulator.bits": 32,
         "accumulator.overflow": Overflow.SATURATE,
         "accumulator.guard_bits": 0,  # so that every L_mac saturates
+        "accumulator.wider": (40,),  # L40_add
         "accumulator.order": Order.BIAS_KHWC,
         "requantization.rounding": Rounding.HALF_UP,  # round_fx
     },
@@ -304,7 +305,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     ),
     "unknown field of a table": (
         child("dsp16", "[accumulator]", "bit = 24  # here"),
-        "accumulator.bit: unknown field; the fields here are bits, overflow, order, guard_bits, rounding",
+        "accumulator.bit: unknown field; the fields here are bits, overflow, order, guard_bits, rounding, wider",
     ),
     "unknown field of a table in a table": (
         child("dsp16", "[requantization.conv]", 'form = "shift"', "  round = 1  # here"),
@@ -549,6 +550,22 @@ CONTRADICTIONS: dict[str, tuple[str, str]] = {
     "an accumulator of one bit": (
         case("dsp16", "[accumulator]", "bits = 1  # here"),
         "accumulator.bits: an accumulator has 2 to 64 bits, not 1",
+    ),
+    "further widths of a proved width": (
+        case("fpga", "[accumulator]", "wider = [64]  # here"),
+        "accumulator.wider: an accumulator of the proved width is as wide as it need be",
+    ),
+    "a further width that is none": (
+        case("dsp16-acc40", "[accumulator]", "wider = [40, 64]  # here"),
+        "accumulator.wider: further widths ascend from the accumulator's 40 bits to 64 at most, and [40, 64] do not",
+    ),
+    "further widths that descend": (
+        case("dsp16", "[accumulator]", "wider = [64, 40]  # here"),
+        "accumulator.wider: further widths ascend from the accumulator's 32 bits to 64 at most, and [64, 40] do not",
+    ),
+    "a further width too wide": (
+        case("dsp16", "[accumulator]", "wider = [40, 80]  # here"),
+        "accumulator.wider: further widths ascend from the accumulator's 32 bits to 64 at most, and [40, 80] do not",
     ),
     "rounded sums with guard bits": (
         case("dsp16-acc40", "[accumulator]", 'rounding = "floor"  # here'),
