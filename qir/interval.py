@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +60,38 @@ def exact(values: npt.ArrayLike) -> ExactArray:
 class Bounds:
     """Exact integer bounds of a tensor: object arrays of Python ints, 0-d for the whole tensor or 1-d per last axis.
 
-    `data` holds the very values where the tensor is constant.
+    `data` holds the very values where the tensor is constant. Every value is `lo` plus a multiple of `step`, which is 0
+    where there is but one value; None says 1 of every other.
     """
 
     lo: ExactArray
     hi: ExactArray
     data: npt.NDArray[Any] | None = None
+    step: ExactArray | None = None
 
     @staticmethod
-    def of(lo: npt.ArrayLike, hi: npt.ArrayLike) -> Bounds:
-        """Bounds from integers or integer arrays, broadcast against each other."""
+    def of(lo: npt.ArrayLike, hi: npt.ArrayLike, step: npt.ArrayLike | None = None) -> Bounds:
+        """Bounds from integers or integer arrays, broadcast against each other.
+
+        `hi` is lowered to the last value that `step` reaches.
+        """
         low, high = np.broadcast_arrays(exact(lo), exact(hi))
         if not bool(np.all(low <= high)):
             raise QirError("empty bounds: some lower bound exceeds its upper bound")
-        return Bounds(low, high)
+        if step is None:
+            return Bounds(low, high)
+        steps = np.broadcast_to(exact(step), low.shape)
+        high = np.where(steps == 0, low, high - (high - low) % np.where(steps == 0, 1, steps))
+        return Bounds(low, exact(high), None, exact(np.where(high == low, 0, steps)))
+
+    @property
+    def steps(self) -> ExactArray:
+        """The step of each channel, in the shape of `lo`; 0 where there is one value."""
+        return exact(np.where(self.lo == self.hi, 0, 1 if self.step is None else self.step))
+
+    def map(self, pick: Callable[[ExactArray], ExactArray]) -> Bounds:
+        """The bounds of channels in another arrangement: what `pick` makes of the ends and of the steps."""
+        return Bounds(pick(self.lo), pick(self.hi), None, pick(self.steps))
 
     @property
     def hull(self) -> Interval:
@@ -89,23 +107,38 @@ class Bounds:
 
     def flat(self) -> Bounds:
         """The whole-tensor bound."""
+        if self.lo.ndim == 0:
+            return Bounds(self.lo, self.hi, None, self.step)
         whole = self.hull
-        return Bounds.of(whole.lo, whole.hi)
+        step = np.gcd.reduce([*self.steps.reshape(-1), *(self.lo.reshape(-1) - whole.lo)], initial=0)
+        return Bounds.of(whole.lo, whole.hi, step)
 
     def clamp(self, lo: int, hi: int) -> Bounds:
-        """The image under saturation to [lo, hi]."""
-        return Bounds(exact(np.clip(self.lo, lo, hi)), exact(np.clip(self.hi, lo, hi)))  # a 0-d clip gives an int
+        """The image under saturation to [lo, hi]; an end that is cut off has values at the bound, off the steps."""
+        low, high = np.clip(self.lo, lo, hi), np.clip(self.hi, lo, hi)
+        return Bounds.of(low, high, np.gcd(np.gcd(self.steps, self.lo - low), self.hi - high))
 
     def shifted(self, offset: npt.ArrayLike) -> Bounds:
         """The image under adding `offset`, a scalar or one value per channel."""
-        return Bounds.of(self.lo + exact(offset), self.hi + exact(offset))
+        return Bounds.of(self.lo + exact(offset), self.hi + exact(offset), self.steps)
 
     def union(self, other: Bounds) -> Bounds:
         """Channel by channel, the hull of both."""
-        return Bounds.of(np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi))
+        step = np.gcd(np.gcd(self.steps, other.steps), self.lo - other.lo)
+        return Bounds.of(np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi), step)
+
+    def intersect(self, other: Bounds) -> Bounds:
+        """Channel by channel, what both hold, at the steps of `self`. Raises QirError where they are disjoint."""
+        low, high = np.maximum(self.lo, other.lo), np.minimum(self.hi, other.hi)
+        steps = np.broadcast_to(self.steps, low.shape)
+        low = low + (self.lo - low) % np.where(steps == 0, 1, steps)
+        return Bounds.of(low, high, steps)
 
 
 def hull_of(bounds: Iterable[Bounds]) -> Bounds:
     """The whole-tensor bound that holds every given one."""
-    hulls = [b.hull for b in bounds]
-    return Bounds.of(min(h.lo for h in hulls), max(h.hi for h in hulls))
+    found = [b.flat() for b in bounds]
+    whole = found[0]
+    for other in found[1:]:
+        whole = whole.union(other)
+    return whole

@@ -170,13 +170,16 @@ class OpBounds:
     """What a transfer function proves: bounds per result and, for accumulating ops, of every partial sum.
 
     `unsaturated` bounds a narrowing op's value before saturation, so that a proof can show it idle; `product` does so
-    for the products that an accumulating op narrows one by one.
+    for the products that an accumulating op narrows one by one. Partial sums are bounded before a step narrows them.
+    `lanes` bounds other registers on the way, by name; `channel_partials` is `partial` for each output channel.
     """
 
     results: tuple[Bounds, ...]
     partial: Interval | None = None
     unsaturated: Interval | None = None
     product: Interval | None = None
+    lanes: Mapping[str, Interval] = field(default_factory=dict)
+    channel_partials: Bounds | None = None
 
 
 _BASE_FIELDS = ("operands", "results", "location")

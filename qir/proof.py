@@ -65,7 +65,7 @@ def _prove(graph: Graph) -> Proof:
         if step is not None:
             steps[op] = step
             # The data of a constant are not those of what an op moves or picks from it.
-            found = step.results if isinstance(op, Const) else [Bounds(b.lo, b.hi) for b in step.results]
+            found = step.results if isinstance(op, Const) else [Bounds(b.lo, b.hi, None, b.step) for b in step.results]
             bounds.update(zip(op.results, found, strict=True))
             continue
         for value in op.results:

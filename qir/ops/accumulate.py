@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -159,24 +160,36 @@ class Accumulating(Op):
         else:
             yield self.entering((tap @ kernel.transpose(0, 2, 1)).reshape(shape))
 
-    def chain_bounds(self, lo: Tensor, hi: Tensor, valid: Tensor, bias: Bounds | None) -> OpBounds:
-        """Bounds of a chain of terms.
+    def chain_bounds(self, terms: Terms, valid: Tensor, bias: Bounds | None) -> OpBounds:
+        """Bounds of a chain of products.
 
-        `lo` and `hi` [outputs, taps, inputs] bound each product; `valid` [patterns, taps] says which taps are on real
-        elements for each kind of position (the others add 0); `bias` [outputs] is exact.
+        `terms` [outputs, taps, inputs] bound each product; `valid` [patterns, taps] says which taps are on real
+        elements for each kind of position (the others add 0); `bias` bounds what is added to each output.
         """
-        if not lo.size:  # nothing is summed but the bias
-            lo = hi = np.zeros((lo.shape[0], 1, 1), np.int64)
-            valid = np.ones((1, 1), bool)
-        lo, hi, product = self.term_images(lo, hi)
+        if not terms.lo.size:  # nothing is summed but the bias
+            zeros = np.zeros((terms.lo.shape[0], 1, 1), np.int64)
+            terms, valid = Terms(zeros, zeros, zeros), np.ones((1, 1), bool)
         if self.order.channels_outside:  # each term is a tap of its own
-            lo, hi = (e.transpose(0, 2, 1).reshape(len(e), -1, 1) for e in (lo, hi))
-            valid = np.tile(valid, (1, lo.shape[1] // valid.shape[1]))
+            terms = terms.map(lambda e: e.transpose(0, 2, 1).reshape(len(e), -1, 1))
+            valid = np.tile(valid, (1, terms.lo.shape[1] // valid.shape[1]))
+        lanes = terms.lanes(is_padded=not valid.all())
+        entering, product = self.term_images(terms)
+        kept = Interval(*kept_bounds(self.accumulator.lo, self.accumulator.hi, self.overflow))
+        found = None if self.dropped_bits else self._exact_sums(entering, valid, bias)
+        if found is None or (self.overflow in STEPWISE and not kept.contains(found.partial.hull)):
+            found = self._stepwise_sums(entering, valid, bias, kept)
+        result, partial = found.result, found.partial.hull
+        if self.overflow not in STEPWISE and not kept.contains(partial):
+            result = Bounds.of(self.accumulator.lo, self.accumulator.hi)
+        return OpBounds((result,), partial, partial, product, lanes, found.partial)
+
+    def _exact_sums(self, terms: Terms, valid: Tensor, bias: Bounds | None) -> _Sums:
+        """The sums of what enters, none of them narrowed: independent operands attain every bound."""
         ends, extremes = [], []
-        for terms, least, low in ((lo, np.minimum, True), (hi, np.maximum, False)):
-            base = np.broadcast_to((bias.lo if low else bias.hi) if bias else np.zeros((), terms.dtype), lo.shape[:1])
+        for part, least, low in ((terms.lo, np.minimum, True), (terms.hi, np.maximum, False)):
+            base = _bias_ends(bias, low, part)
             first = base if self.order.bias_first else np.zeros_like(base)
-            sums = np.cumsum(terms, axis=2)  # within a tap
+            sums = np.cumsum(part, axis=2)  # within a tap
             inside, whole = least.reduce(sums, axis=2), sums[:, :, -1]
             finals, reached = [], [first * 0, first]
             for pattern in valid:
@@ -185,49 +198,136 @@ class Accumulating(Op):
                 before = after - steps
                 reached.append(least.reduce(np.where(pattern, before + inside, before), axis=1))
                 finals.append(after[:, -1] if self.order.bias_first else after[:, -1] + base)
-            ends.append(least.reduce(finals))
+            ends.append(np.array(finals))
             extremes.append(least.reduce([*reached, *finals]))
-        partial = Interval(int(extremes[0].min()), int(extremes[1].max()))
-        return self.overflowed(Bounds.of(*ends), partial, product)
+        low = ends[0].min(axis=0)
+        step = None
+        if terms.step is not None:
+            taps = np.gcd.reduce(terms.step, axis=2)
+            parts = [exact(np.gcd.reduce(np.where(pattern, taps, 0), axis=1)) for pattern in valid]
+            parts += [*exact(ends[0] - low), *([bias.steps] if bias else [])]
+            step = functools.reduce(np.gcd, parts)
+        return _Sums(Bounds.of(low, ends[1].max(axis=0), step), Bounds.of(*extremes))
 
-    def term_images(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Interval | None]:
-        """Bounds of what each product adds to the sum, and of the products before they are narrowed to `product`.
+    def _stepwise_sums(self, terms: Terms, valid: Tensor, bias: Bounds | None, kept: Interval) -> _Sums:
+        """The sums as each step rounds and narrows them, before (`partial`) and after (`result`).
 
-        A step that rounds adds the term's floor or its ceiling, whatever the rounding and the sum so far.
+        Steps are monotonic, so that independent operands attain the bounds; where sums that leave become 0, which is
+        not monotonic, the image of a step is a hull.
         """
-        if not self.shift and self.product is None:
-            return lo, hi, None
+        low, high = (_bias_ends(bias, is_low, part) for is_low, part in ((True, terms.lo), (False, terms.hi)))
+        reach = max(self.accumulator.hi, -self.accumulator.lo, *(abs(int(e)) for e in (low.min(), high.max())))
+        reach = max(reach, *(abs(int(e)) for e in (terms.lo.min(), terms.hi.max())))
+        if reach.bit_length() + self.dropped_bits + terms.lo[0].size.bit_length() > 60:
+            terms, low, high = terms.map(exact), exact(low), exact(high)
+        lo, hi = (np.repeat(end[None] * self.order.bias_first, len(valid), axis=0) for end in (low, high))
+        least, most = np.minimum(lo, 0), np.maximum(hi, 0)
+        for tap, place in np.ndindex(terms.lo.shape[1:]):
+            here = valid[:, tap, None]
+            lo, hi = (
+                self._step(end, np.where(here, part[:, tap, place], 0))
+                for end, part in ((lo, terms.lo), (hi, terms.hi))
+            )
+            least, most = np.minimum(least, lo), np.maximum(most, hi)
+            if self.overflow in STEPWISE:
+                lo, hi = narrowed_ends(lo, hi, kept, self.overflow)
+        if not self.order.bias_first:
+            lo, hi = lo + low, hi + high
+            least, most = np.minimum(least, lo), np.maximum(most, hi)
+        if self.overflow in STEPWISE:
+            lo, hi = narrowed_ends(lo, hi, kept, self.overflow)
+        return _Sums(Bounds.of(lo.min(axis=0), hi.max(axis=0)), Bounds.of(least.min(axis=0), most.max(axis=0)))
+
+    def _step(self, total: Tensor, product: Tensor) -> Tensor:
+        """The sum after one more product, rounded where steps drop bits."""
+        if not self.dropped_bits:
+            return total + product
+        assert self.rounding is not None
+        return np.asarray(round_shift((total << self.dropped_bits) + product, self.dropped_bits, self.rounding))
+
+    def term_images(self, terms: Terms) -> tuple[Terms, Interval | None]:
+        """What products add to the sum, with the bits that a step drops, and bounds before `product` narrows them."""
+        lo, hi, step = terms.lo, terms.hi, terms.step
         if self.shift > 0:
             reach = max(abs(int(lo.min())), abs(int(hi.max()))).bit_length() + self.shift + lo.size.bit_length()
             lo, hi = (exact(e) if reach > 60 else e for e in (lo, hi))
             lo, hi = lo * (1 << self.shift), hi * (1 << self.shift)
-        elif self.shift < 0 and self.product is None:
-            return round_shift(lo, -self.shift, Rounding.FLOOR), -round_shift(-hi, -self.shift, Rounding.FLOOR), None
-        elif self.shift < 0:
+            step = None if step is None else exact(step) * (1 << self.shift)
+        if self.product is None or self.product_overflow is None:
+            return Terms(lo, hi, step), None
+        if self.shift < 0:
             assert self.rounding is not None
             lo, hi = (round_shift(e, -self.shift, self.rounding) for e in (lo, hi))  # monotonic
+            step = None
         free = Interval(int(lo.min()), int(hi.max()))
-        if self.product is not None and self.product_overflow is not None:
-            kept = kept_bounds(self.product.lo, self.product.hi, self.product_overflow)
-            if self.product.bits + lo.size.bit_length() > 60:
-                lo, hi = exact(lo), exact(hi)
-            if self.product_overflow is Overflow.WRAP:
-                leaves = (lo < kept[0]) | (hi > kept[1])
-                lo, hi = np.where(leaves, kept[0], lo), np.where(leaves, kept[1], hi)
-            elif self.product_overflow is Overflow.SATURATE_ZERO:  # what leaves is 0, the others stay
-                leaves = (lo < kept[0]) | (hi > kept[1])
-                low, high = np.clip(lo, *kept), np.clip(hi, *kept)
-                lo, hi = np.where(leaves, np.minimum(low, 0), low), np.where(leaves, np.maximum(high, 0), high)
-            elif self.product_overflow is not Overflow.NONE:
-                lo, hi = np.clip(lo, *kept), np.clip(hi, *kept)
-        return lo, hi, free
+        kept = Interval(*kept_bounds(self.product.lo, self.product.hi, self.product_overflow))
+        if kept.contains(free):
+            return Terms(lo, hi, step), free
+        if self.product.bits + lo.size.bit_length() > 60:
+            lo, hi = exact(lo), exact(hi)
+        return Terms(*narrowed_ends(lo, hi, kept, self.product_overflow)), free
 
-    def overflowed(self, result: Bounds, partial: Interval, product: Interval | None = None) -> OpBounds:
-        """The bounds of the accumulator, given those of the exact sums: its whole range where a step may overflow."""
-        kept = Interval(*kept_bounds(self.accumulator.lo, self.accumulator.hi, self.overflow))
-        if not kept.contains(partial):
-            result = Bounds.of(self.accumulator.lo, self.accumulator.hi)
-        return OpBounds((result,), partial, partial, product)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """Exact bounds of products, [outputs, taps, inputs] along the chain; `step` as of `Bounds`.
+
+    int64 arrays where the weights are constant and every sum of the terms fits, Python ints elsewhere.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    step: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Terms:
+        """Each part changed alike."""
+        return Terms(change(self.lo), change(self.hi), None if self.step is None else change(self.step))
+
+    def lanes(self, *, is_padded: bool) -> Mapping[str, Interval]:
+        """Bounds of exact products, and of sums of two that follow each other, counted from the first.
+
+        Where `is_padded`, taps on padding add 0 instead.
+        """
+        lo, hi = (e.reshape(len(e), -1) for e in (self.lo, self.hi))
+        if is_padded:
+            lo, hi = np.minimum(lo, 0), np.maximum(hi, 0)
+        found = {"product": Interval(int(lo.min()), int(hi.max()))}
+        if lo.shape[1] % 2:
+            lo, hi = (np.concatenate([e, np.zeros_like(e[:, :1])], axis=1) for e in (lo, hi))
+        pairs = lo[:, ::2] + lo[:, 1::2], hi[:, ::2] + hi[:, 1::2]
+        return found | {"pair": Interval(int(pairs[0].min()), int(pairs[1].max()))}
+
+
+class _Sums(NamedTuple):
+    """Bounds a channel of the accumulator at the end, and of every sum on the way there."""
+
+    result: Bounds
+    partial: Bounds
+
+
+def _bias_ends(bias: Bounds | None, low: bool, terms: Tensor) -> Tensor:
+    """What the bias adds to each output: int64 where it and all sums of the terms fit."""
+    if bias is None:
+        return np.zeros(len(terms), terms.dtype)
+    base = np.broadcast_to(bias.lo if low else bias.hi, (len(terms),))
+    reach = max(abs(int(e)) for e in (terms.min(), terms.max(), base.min(), base.max()))
+    fits = terms.dtype != object and reach.bit_length() + terms[0].size.bit_length() < 62
+    return base.astype(np.int64) if fits else base
+
+
+def narrowed_ends(lo: Tensor, hi: Tensor, kept: Interval, overflow: Overflow) -> tuple[Tensor, Tensor]:
+    """Bounds of the images of values in [lo, hi], element by element, of which those within `kept` stay."""
+    leaves = (lo < kept.lo) | (hi > kept.hi)
+    match overflow:
+        case Overflow.NONE:
+            return lo, hi
+        case Overflow.WRAP:
+            return np.where(leaves, kept.lo, lo), np.where(leaves, kept.hi, hi)
+        case Overflow.SATURATE_ZERO:  # what leaves is 0, the others stay
+            low, high = np.clip(lo, kept.lo, kept.hi), np.clip(hi, kept.lo, kept.hi)
+            return np.where(leaves, np.minimum(low, 0), low), np.where(leaves, np.maximum(high, 0), high)
+        case _:
+            return np.clip(lo, kept.lo, kept.hi), np.clip(hi, kept.lo, kept.hi)
 
 
 def narrowing_faults(storage: IntegerType, overflow: Overflow, what: str = "values") -> Iterator[str]:
@@ -258,23 +358,20 @@ def centered(kind: TensorType, bounds: Bounds) -> Bounds:
     if data is not None:
         storage = storage_of(kind.element)
         data = centre(exact(data) if storage is None or storage.bits > 60 else data.astype(np.int64), kind)
-    return Bounds(shifted.lo, shifted.hi, data)
+    return Bounds(shifted.lo, shifted.hi, data, shifted.step)
 
 
-def term_bounds(x: Bounds, w: Bounds) -> tuple[Tensor, Tensor]:
-    """Bounds of the products `x * w` of centred operands: from the very weights where they are constant.
-
-    Exact: int64 arrays where the weights are constant and every sum of the terms fits, Python ints elsewhere.
-    """
+def term_bounds(x: Bounds, w: Bounds) -> Terms:
+    """Bounds of the products `x * w` of centred operands: from the very weights where they are constant."""
     if w.data is None:
         corners = np.stack([exact(a * b) for a in (x.lo, x.hi) for b in (w.lo, w.hi)])
-        return exact(corners.min(axis=0)), exact(corners.max(axis=0))
+        return Terms(exact(corners.min(axis=0)), exact(corners.max(axis=0)))
     span = x.hull
     largest = max(abs(int(span.lo)), abs(int(span.hi)), 1) * max(int(np.abs(w.data).max(initial=0)), 1)
     weights = w.data if largest.bit_length() + int(w.data.size).bit_length() < 60 else exact(w.data)
-    low, high = (e.astype(weights.dtype) for e in (x.lo, x.hi))
+    low, high, step = (e.astype(weights.dtype) for e in (x.lo, x.hi, x.steps))
     positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
-    return positive * low + negative * high, positive * high + negative * low
+    return Terms(positive * low + negative * high, positive * high + negative * low, np.abs(weights) * step)
 
 
 def integer_operands(op: Op) -> Iterator[str]:

@@ -53,6 +53,10 @@ class Elementwise(Op):
         exact = self.combine(centre(a, self.operands[0].type), centre(b, self.operands[1].type))
         return (narrow(exact, self.storage.lo, self.storage.hi, self.overflow),)
 
+    def step(self, a: Bounds, b: Bounds) -> Tensor | None:
+        """Of what exact results are multiples, apart from an offset; None: not known."""
+        return None
+
     def corners(self, a: Bounds, b: Bounds) -> list[Tensor]:
         """Results among which the extremes lie, for centred bounds."""
         return [self.combine(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
@@ -61,7 +65,7 @@ class Elementwise(Op):
         """The extremes of the corners, narrowed."""
         a, b = (centered(v.type, self._whole(o, v.type.shape)) for v, o in zip(self.operands, operands, strict=True))
         corners = self.corners(a, b)
-        free = Bounds.of(np.minimum.reduce(corners), np.maximum.reduce(corners))
+        free = Bounds.of(np.minimum.reduce(corners), np.maximum.reduce(corners), self.step(a, b))
         return narrowed(free, self.storage, self.overflow)
 
     def _whole(self, bounds: Bounds, shape: Shape) -> Bounds:
@@ -101,6 +105,10 @@ class FixedAdd(Elementwise):
         """The sum."""
         return a + b
 
+    def step(self, a: Bounds, b: Bounds) -> Tensor:
+        """What divides the steps of both."""
+        return np.asarray(np.gcd(a.steps, b.steps))
+
 
 class FixedSub(Elementwise):
     """`(a - za) - (b - zb)`."""
@@ -115,6 +123,10 @@ class FixedSub(Elementwise):
         """The difference."""
         return a - b
 
+    def step(self, a: Bounds, b: Bounds) -> Tensor:
+        """What divides the steps of both."""
+        return np.asarray(np.gcd(a.steps, b.steps))
+
 
 class FixedMul(Elementwise):
     """`(a - za) * (b - zb)`."""
@@ -128,6 +140,10 @@ class FixedMul(Elementwise):
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The product."""
         return a * b
+
+    def step(self, a: Bounds, b: Bounds) -> Tensor:
+        """What divides each step times what it meets."""
+        return np.asarray(np.gcd(np.gcd(a.lo * b.steps, b.lo * a.steps), a.steps * b.steps))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -231,9 +247,10 @@ class Table(Op):
         x = operands[0].shifted(-self.first)
         count = max(rows.shape[0], x.channels or 1)
         rows = np.broadcast_to(rows, (count, rows.shape[1]))
-        lows, highs = (np.broadcast_to(e, (count,)) for e in (x.lo, x.hi))
-        parts = [row[int(a) : int(b) + 1] for row, a, b in zip(rows, lows, highs, strict=True)]
-        result = Bounds.of([int(p.min()) for p in parts], [int(p.max()) for p in parts])
+        ends = (np.broadcast_to(e, (count,)) for e in (x.lo, x.hi, x.steps))
+        parts = [row[int(a) : int(b) + 1 : int(step) or 1] for row, a, b, step in zip(rows, *ends, strict=True)]
+        steps = [int(np.gcd.reduce(p.astype(np.int64) - int(p.min()))) for p in parts]
+        result = Bounds.of([int(p.min()) for p in parts], [int(p.max()) for p in parts], steps)
         return OpBounds((result.flat() if count == 1 else result,))
 
 

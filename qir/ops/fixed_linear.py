@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,19 +89,17 @@ class Conv2d(Accumulating):
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
         x = centered(self.operands[0].type, operands[0])
         if x.channels is not None:  # the channels that each output reads: [O, 1, 1, C / groups]
-            own = np.repeat(np.arange(self.groups), count // self.groups)[:, None, None, None]
-            x = Bounds(*(e.reshape(self.groups, per_group)[own[:, 0, 0, 0]][:, None, None, :] for e in (x.lo, x.hi)))
-        lo, hi = term_bounds(x, centered(self.operands[1].type, operands[1]))
-        taps = math.prod(self.window.kernel)
-        lo, hi = (
-            np.broadcast_to(e, self.operands[1].type.concrete(0)).reshape(count, taps, per_group) for e in (lo, hi)
-        )
+            own = np.repeat(np.arange(self.groups), count // self.groups)
+            x = x.map(lambda e: e.reshape(self.groups, per_group)[own][:, None, None, :])
+        terms = term_bounds(x, centered(self.operands[1].type, operands[1]))
+        taps, kind = math.prod(self.window.kernel), self.operands[1].type
+        terms = terms.map(lambda e: np.broadcast_to(e, kind.concrete(0)).reshape(count, taps, per_group))
         window, shape = self.window, self.operands[0].type.shape
         spatial = [known_dim(d, "a spatial dimension") for d in shape[1:3]]
         outputs = window.output(spatial)
         rows, columns = (np.unique(window.taps(a, spatial[a], outputs[a]), axis=0) for a in range(2))
         valid = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
-        return self.chain_bounds(lo, hi, valid, operands[2] if len(operands) > 2 else None)
+        return self.chain_bounds(terms, valid, operands[2] if len(operands) > 2 else None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,7 +149,7 @@ class FixedMatMul(Accumulating):
         return (self.accumulate(products(), np.zeros(shape, a.dtype), bias),)
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
-        """Per output where b is constant and shared by the batch; else the hull of every product, K times."""
+        """Per output: from the very elements of b where it is constant and shared by the batch."""
         length = int(self.operands[0].type.shape[-1])
         count = int(self.operands[1].type.shape[-1])
         if not count:
@@ -159,12 +157,11 @@ class FixedMatMul(Accumulating):
         a = centered(self.operands[0].type, operands[0])
         b = centered(self.operands[1].type, operands[1])
         if b.data is not None and b.data.ndim == 2:
-            lo, hi = term_bounds(a, Bounds(b.lo, b.hi, b.data.T))
+            terms = term_bounds(a, Bounds(b.lo, b.hi, b.data.T))
         else:
-            lo, hi = term_bounds(a.flat(), b.flat())
-        lo, hi = (np.broadcast_to(e, (count, length)).reshape(count, 1, length) for e in (lo, hi))
-        valid = np.ones((1, 1), bool)
-        return self.chain_bounds(lo, hi, valid, operands[2] if len(operands) > 2 else None)
+            terms = term_bounds(a, b.map(lambda e: e[..., None]))
+        terms = terms.map(lambda e: np.broadcast_to(e, (count, length)).reshape(count, 1, length))
+        return self.chain_bounds(terms, np.ones((1, 1), bool), operands[2] if len(operands) > 2 else None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -213,9 +210,9 @@ class ReduceSum(Accumulating):
             x = x.flat()
         if not x.lo.size:
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
-        low, high, product = self.term_images(np.atleast_1d(x.lo), np.atleast_1d(x.hi))
-        if x.channels is None:
-            low, high = low[0], high[0]
-        result = Bounds.of(low * self.count, high * self.count)
-        whole = result.hull
-        return self.overflowed(result, Interval(min(whole.lo, 0), max(whole.hi, 0)), product)
+        one = Bounds.of(1, 1)
+        terms = term_bounds(x, Bounds(one.lo, one.hi, np.ones((), np.int64)))
+        shape = (np.size(terms.lo), self.count, 1)
+        terms = terms.map(lambda e: np.broadcast_to(np.reshape(e, (-1, 1, 1)), shape))
+        found = self.chain_bounds(terms, np.ones((1, self.count), bool), None)
+        return found if x.channels is not None else replace(found, results=(found.results[0].flat(),))

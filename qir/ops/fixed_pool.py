@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qir.errors import QirError
 from qir.fixed_point import Rounding, round_divide
 from qir.integer_functions import SOFTMAX_ROW_LIMIT, SoftmaxParameters, softmax
-from qir.interval import Bounds
+from qir.interval import Bounds, Interval
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import Window, known_dim, pad_spatial, window_view
 from qir.ops.accumulate import bits_of, integer_operands
@@ -63,7 +63,7 @@ class Pool2d(Op):
         return window_view(pad_spatial(x, self.window, x.shape[1:3], outputs, 1, fill), self.window, outputs, 1)
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
-        """The operand's: neither a maximum nor an average leaves the hull of its elements."""
+        """The operand's."""
         return OpBounds((operands[0],))
 
 
@@ -100,6 +100,13 @@ class FixedAveragePool(Pool2d):
         rows, columns = (self.window.taps(a, x.shape[1 + a], outputs[a]).sum(axis=1) for a in range(2))
         counts = (rows[:, None] * columns[None, :]).astype(np.int64)[None, :, :, None]
         return (round_divide(self.windows(x, 0).sum(axis=(4, 5)), counts, self.rounding),)
+
+    def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
+        """The operand's, without its steps: no average leaves the hull of its elements."""
+        x, most = operands[0], int(np.prod(self.kernel))
+        whole = x.hull
+        lanes = {"sum": Interval(min(whole.lo, 0) * most, max(whole.hi, 0) * most)}
+        return OpBounds((Bounds(x.lo, x.hi),), lanes=lanes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

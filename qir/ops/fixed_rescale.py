@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -152,8 +152,9 @@ class Requantize(Op):
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The images of the ends: each form is monotonic as long as no left shift wraps."""
         x, storage = centered(self.operands[0].type, operands[0]), self.storage
+        lanes = {"shifted": self._shifted(x)}
         if self._may_wrap(x.hull):
-            return OpBounds((Bounds.of(storage.lo, storage.hi),))
+            return OpBounds((Bounds.of(storage.lo, storage.hi),), lanes=lanes)
         ends = []
         for end in (x.lo, x.hi):
             values = end.astype(np.int64) if self.form in _FLOAT_FORMS else end
@@ -161,7 +162,29 @@ class Requantize(Op):
         channels = max(e.shape[0] for e in ends)
         if channels == 1 and self.multiplier.data.ndim == 0 and x.channels is None:
             ends = [e[0] for e in ends]
-        return narrowed(Bounds.of(ends[0], ends[1]), storage, self.overflow)
+        return replace(narrowed(Bounds.of(ends[0], ends[1], self._step(x)), storage, self.overflow), lanes=lanes)
+
+    def _left_shift(self) -> Tensor:
+        """By how many bits the operand is shifted left before anything else, as Python ints."""
+        if self.form in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON, RequantizeForm.SHIFT):
+            return exact(np.maximum(self.shift.data, 0)) + self.input_shift
+        return exact(np.full(self.shift.shape, self.input_shift))
+
+    def _shifted(self, x: Bounds) -> Interval:
+        """Bounds of the register that holds the shifted operand."""
+        factor = exact(np.left_shift(exact(1), self._left_shift()))
+        ends = [int(e) for part in (x.lo, x.hi) for e in np.reshape(part * factor, -1)]
+        return Interval(min(ends, default=0), max(ends, default=0))
+
+    def _step(self, x: Bounds) -> Tensor | None:
+        """The steps of what is only shifted, where no bit is lost on the way."""
+        if self.form is not RequantizeForm.SHIFT:
+            return None
+        shift = exact(self.shift.data) + self.input_shift
+        unit = exact(np.left_shift(exact(1), exact(np.maximum(-shift, 0))))
+        if np.any(x.lo % unit) or np.any(x.steps % unit):
+            return None
+        return np.asarray(x.steps // unit * exact(np.left_shift(exact(1), exact(np.maximum(shift, 0)))))
 
     def _may_wrap(self, x: Interval) -> bool:
         """Whether 32 bits can wrap, which would break monotonicity: a left shift before, or `reduced_16` after."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ class Reshape(Movement):
         if channels is None or channels == 0 or last % channels:
             return OpBounds((operands[0].flat(),))
         times = last // channels
-        return OpBounds((Bounds(np.tile(operands[0].lo, times), np.tile(operands[0].hi, times)),))
+        return OpBounds((operands[0].map(lambda e: np.tile(e, times)),))
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's reshape."""
@@ -165,10 +166,11 @@ class Concat(Movement):
         if normalize_axis(self.axis, rank) != rank - 1:
             return OpBounds((hull_of(operands),))
         widths = [known_dim(v.type.shape[-1], "a channel axis") for v in self.operands]
-        parts = [
-            (np.broadcast_to(b.lo, (w,)), np.broadcast_to(b.hi, (w,))) for b, w in zip(operands, widths, strict=True)
+        ends = [
+            [np.broadcast_to(e, (w,)) for e in (b.lo, b.hi, b.steps)] for b, w in zip(operands, widths, strict=True)
         ]
-        return OpBounds((Bounds(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])),))
+        lo, hi, step = (np.concatenate(parts) for parts in zip(*ends, strict=True))
+        return OpBounds((Bounds(lo, hi, None, step),))
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's concatenate."""
@@ -214,7 +216,7 @@ class Slice(Movement):
         for start, end, axis, step in zip(self.starts, self.ends, self.axes, self.steps, strict=True):
             if axis == rank - 1 and bounds.channels is not None:
                 keep = list(range(start, end, step))
-                bounds = Bounds(bounds.lo[keep], bounds.hi[keep])
+                bounds = bounds.map(operator.itemgetter(keep))
         return OpBounds((bounds,))
 
     def move(self, *arrays: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ class Gather(Movement):
             return OpBounds((bounds,))
         if self.indices.data.ndim != 1:
             return OpBounds((bounds.flat(),))
-        return OpBounds((Bounds(bounds.lo[self.indices.data], bounds.hi[self.indices.data]),))
+        return OpBounds((bounds.map(operator.itemgetter(self.indices.data)),))
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's take."""

@@ -183,3 +183,5 @@ def test_no_element_leaves_the_bounds_of_its_channel(graph: Graph, seed: int) ->
         assert bounds.channels in (None, 1, array.shape[-1] if array.ndim else 1)
         assert np.all(bounds.lo <= array), f"%{value.name}"
         assert np.all(array <= bounds.hi), f"%{value.name}"
+        steps = np.where(bounds.steps == 0, 1 << 99, bounds.steps)
+        assert not np.any((array - bounds.lo) % steps), f"%{value.name}"
