@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,11 @@ def exact(values: npt.ArrayLike) -> ExactArray:
     listed = np.array(values, object)  # never by way of a common dtype, which is float64 for 1 and 2**63
     listed[...] = np.frompyfunc(int, 1, 1)(listed)
     return listed
+
+
+def gcd(*values: npt.ArrayLike) -> ExactArray:
+    """The greatest common divisor of exact integers, element by element; 0 is a multiple of everything."""
+    return functools.reduce(lambda a, b: exact(np.gcd(a, b)), map(exact, values))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +122,7 @@ class Bounds:
     def clamp(self, lo: int, hi: int) -> Bounds:
         """The image under saturation to [lo, hi]; an end that is cut off has values at the bound, off the steps."""
         low, high = np.clip(self.lo, lo, hi), np.clip(self.hi, lo, hi)
-        return Bounds.of(low, high, np.gcd(np.gcd(self.steps, self.lo - low), self.hi - high))
+        return Bounds.of(low, high, gcd(self.steps, self.lo - low, self.hi - high))
 
     def shifted(self, offset: npt.ArrayLike) -> Bounds:
         """The image under adding `offset`, a scalar or one value per channel."""
@@ -124,7 +130,7 @@ class Bounds:
 
     def union(self, other: Bounds) -> Bounds:
         """Channel by channel, the hull of both."""
-        step = np.gcd(np.gcd(self.steps, other.steps), self.lo - other.lo)
+        step = gcd(self.steps, other.steps, self.lo - other.lo)
         return Bounds.of(np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi), step)
 
     def intersect(self, other: Bounds) -> Bounds:

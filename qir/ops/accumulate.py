@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_shift
-from qir.interval import Bounds, Interval, exact
+from qir.interval import Bounds, Interval, exact, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.types import ElementType, IntegerType, TensorType, storage_of, zero_array
 
@@ -206,7 +205,7 @@ class Accumulating(Op):
             taps = np.gcd.reduce(terms.step, axis=2)
             parts = [exact(np.gcd.reduce(np.where(pattern, taps, 0), axis=1)) for pattern in valid]
             parts += [*exact(ends[0] - low), *([bias.steps] if bias else [])]
-            step = functools.reduce(np.gcd, parts)
+            step = gcd(*parts)
         return _Sums(Bounds.of(low, ends[1].max(axis=0), step), Bounds.of(*extremes))
 
     def _stepwise_sums(self, terms: Terms, valid: Tensor, bias: Bounds | None, kept: Interval) -> _Sums:

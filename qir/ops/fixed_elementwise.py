@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qir.errors import QirError
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divide
-from qir.interval import Bounds, Interval
+from qir.interval import Bounds, Interval, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import broadcast_shapes, known_dim, normalize_axis
 from qir.ops.accumulate import bits_of, centered, centre, integer_operands, narrowing_faults
@@ -107,7 +107,7 @@ class FixedAdd(Elementwise):
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
-        return np.asarray(np.gcd(a.steps, b.steps))
+        return gcd(a.steps, b.steps)
 
 
 class FixedSub(Elementwise):
@@ -125,7 +125,7 @@ class FixedSub(Elementwise):
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
-        return np.asarray(np.gcd(a.steps, b.steps))
+        return gcd(a.steps, b.steps)
 
 
 class FixedMul(Elementwise):
@@ -143,7 +143,7 @@ class FixedMul(Elementwise):
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides each step times what it meets."""
-        return np.asarray(np.gcd(np.gcd(a.lo * b.steps, b.lo * a.steps), a.steps * b.steps))
+        return gcd(a.lo * b.steps, b.lo * a.steps, a.steps * b.steps)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
