@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qir.arrays import Array
 from qir.backend import Backend, load_target
 from qir.calibration import Calibration, Histogram
+from qir.equivalence import Equivalence
 from qir.errors import (
     CalibrationError,
     ConformanceError,
@@ -71,6 +72,7 @@ __all__ = [
     "Diagnostic",
     "Differential",
     "Dump",
+    "Equivalence",
     "FixedPointType",
     "FloatType",
     "Graph",

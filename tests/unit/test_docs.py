@@ -126,7 +126,7 @@ def test_add_a_pass(tmp_path: Path) -> None:
             assert shell("sh", "-e", "-c", block.text) == blocks[place + 1].text
         if block.kind == "toml":
             _install(tmp_path, block.text)
-    assert [b.kind for b in blocks] == ["python", "python", "toml", "python", "text", "sh", "text"]
+    assert [b.kind for b in blocks] == ["python", "python", "python", "toml", "python", "text", "sh", "text"]
 
 
 def test_add_an_op(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS = (
     ("ops",),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
+    ("probes", "equivalence"),
     ("passes", "backends"),
     ("program", "compiler", "comparison"),
     ("__init__", "testing"),
