@@ -95,11 +95,14 @@ class Program:
     The kernels of `backend`, where it has some for an op, come before those of qir; by default it is the installed
     plugin that the graph names as its target, if there is one. The bits are the same.
 
+    Without `use_proof` kernels are chosen by types and attributes alone: sums that saturate are taken step by step, in
+    their order, even where none can overflow. That is slow, and shows that the proof changes no bit.
+
     Raises VerifyError when what the graph states is not so or ranges are not stated, QirError at another stage, and
     TargetError for a plugin that fails.
     """
 
-    def __init__(self, graph: Graph, backend: Backend | None = None) -> None:
+    def __init__(self, graph: Graph, backend: Backend | None = None, *, use_proof: bool = True) -> None:
         if graph.stage is not Stage.FIXED:
             raise QirError(f"graph @{graph.name} is at stage {graph.stage}; a program runs stage fixed: run legalize")
         proof = prove(graph)
@@ -108,7 +111,7 @@ class Program:
         if missing:
             raise VerifyError(missing, graph.name)
         self.graph = graph
-        self._facts = Facts(graph.constants, proof)
+        self._facts = Facts(graph.constants, proof) if use_proof else Facts.of_types(graph)
         self._own = own_kernels(graph, self._facts, plugin_for(graph.target) if backend is None else backend)
         self._executor = Executor(lay_out(graph, self._facts, keep_all=False, own=self._own), self._facts)
         self._tracer: Executor | None = None

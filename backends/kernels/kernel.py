@@ -13,8 +13,8 @@ import numpy.typing as npt
 from qir.arrays import Array
 from qir.fixed_point import Overflow, kept_bounds
 from qir.interpreter import evaluate_op
-from qir.interval import Interval
-from qir.ir import Op, Value
+from qir.interval import Bounds, Interval
+from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import centered
 from qir.proof import Proof, is_idle, is_product_idle
 from qir.types import BATCH, IntegerType, Shape, TensorType, storage_of, zero_array
@@ -67,6 +67,12 @@ class Facts:
     constants: Mapping[Value, Array]
     proof: Proof
 
+    @staticmethod
+    def of_types(graph: Graph) -> Facts:
+        """What holds without a proof: values span their types, and an op that says `overflow=none` is believed."""
+        storages = ((v, storage_of(v.type.element)) for v in graph.values())
+        return Facts(graph.constants, Proof({v: Bounds.of(s.lo, s.hi) for v, s in storages if s is not None}, {}, ()))
+
     def span(self, value: Value) -> Interval:
         """The proved interval of `q - zero_point`."""
         return centered(value.type, self.proof.bounds[value]).hull
@@ -77,12 +83,12 @@ class Facts:
         return step.partial if step is not None else None
 
     def is_idle(self, op: Op) -> bool:
-        """Whether the op's overflow mode is proved never to act."""
-        return is_idle(op, self.proof.steps.get(op))
+        """Whether the op's overflow mode is `none`, or proved never to act."""
+        return getattr(op, "overflow", None) is Overflow.NONE or is_idle(op, self.proof.steps.get(op))
 
     def is_product_idle(self, op: Op) -> bool:
-        """Whether it is proved that no product of an accumulating op leaves the type that products are narrowed to."""
-        return is_product_idle(op, self.proof.steps.get(op))
+        """Whether products of an accumulating op are narrowed by `none`, or proved to stay in the type of products."""
+        return getattr(op, "product_overflow", None) is Overflow.NONE or is_product_idle(op, self.proof.steps.get(op))
 
 
 def interpreted(op: Op) -> Kernel:

@@ -20,6 +20,7 @@ from qir.backends.kernels.kernel import (
     zero_along_last,
 )
 from qir.fixed_point import Overflow
+from qir.interval import Interval
 from qir.ops.accumulate import Accumulating, centre
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 
@@ -76,8 +77,8 @@ def sums_of(op: Accumulating, facts: Facts) -> Sums | None:
 
 def _sum_dtype(op: Accumulating, facts: Facts) -> np.dtype[Any] | None:
     """The register whose wrapping sums give the op's bits in any order; None where each step of the chain counts."""
-    partial, accumulator = facts.partial(op), op.accumulator
-    if partial is None or any(integers(v.type).bits > 32 or not v.type.sample_size for v in op.operands[:2]):
+    accumulator = op.accumulator
+    if any(integers(v.type).bits > 32 or not v.type.sample_size for v in op.operands[:2]):
         return None
     if op.shift < 0 or (op.product is not None and not facts.is_product_idle(op)):
         return None
@@ -85,7 +86,8 @@ def _sum_dtype(op: Accumulating, facts: Facts) -> np.dtype[Any] | None:
         return _INT32 if accumulator.bits <= 32 else _INT64
     if not facts.is_idle(op):
         return None
-    ends = np.array([partial.lo, partial.hi], object)
+    sums = facts.partial(op) or Interval(accumulator.lo, accumulator.hi)
+    ends = np.array([sums.lo, sums.hi], object)
     return next((t for t in (_INT32, _INT64) if fits(ends, t)), None)
 
 
