@@ -22,7 +22,7 @@ from qir.types import storage_of
 
 Tensor = npt.NDArray[Any]
 
-_EXAMPLES = settings().max_examples // 4  # of each kind, in the profile that runs
+_EXAMPLES = settings().max_examples // 2  # of each kind, in the profile that runs
 
 
 @st.composite

@@ -25,6 +25,7 @@ from qir.pass_manager import Differential, Pass, PassContext, Pipeline
 from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.range_analysis import RangeAnalysis
 from qir.probes import count_inputs, every_input, some_inputs
+from qir.proof import prove
 from qir.rewrite import map_values
 from qir.types import integer
 
@@ -167,6 +168,21 @@ def test_a_mode_is_idle_by_what_it_keeps() -> None:
                 held(graph, Wrong(unsaturated))
 
 
+def test_products_are_idle_by_themselves() -> None:
+    for bits, is_same in ((15, True), (14, False)):
+        graph = qir.parse(f"""
+            graph @g stage=fixed (%x: Nx1 x s8[-127, 127]) {{
+              %w = const {{value=s8 1x1 [127]}} : 1x1 x s8
+              %y = matmul %x, %w {{accumulator=s32, overflow=wrap, order=khwc, product=s{bits}, product_overflow=saturate}} : Nx1 x s32
+              return %y
+            }}""")  # noqa: E501
+        unsaturated = on("matmul", product_overflow=Overflow.NONE)
+        assert differ_in_facts_only(graph, unsaturated(graph)) is is_same
+        if not is_same:
+            with pytest.raises(qir.PassError, match=r"from -8192 to -16129 on input number 1, x=\[-127\]"):
+                held(graph, Wrong(unsaturated))
+
+
 # Exhaustive: every input runs
 
 #: 1 where the two numbers are 37 and -90, else 0.
@@ -187,13 +203,18 @@ def needle() -> Graph:
     return qir.parse(NEEDLE.replace("TABLE", ", ".join(map(str, table.reshape(-1).tolist()))))
 
 
-def test_a_difference_on_one_input_of_all_is_found() -> None:
+def test_a_difference_on_one_input_of_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     narrowed = Wrong(of_type("y", integer(8).narrowed(-128, 0)))
     with pytest.raises(
         qir.PassError, match=r"pass wrong changed output 'y' at \[0\] from 1 to 0 on input number \d+, x=\[37, -90\]"
     ):
         held(needle(), narrowed)
     assert summary(held(needle(), narrowed, exhaustive=65535, samples=500)) == [("wrong", "tested", 500, 0)]
+    monkeypatch.setattr(probes, "BATCH_BYTES", 1 << 20)
+    place = (37 + 128) + (-90 + 128) * 256
+    assert probes.batch_size(needle()) < place
+    with pytest.raises(qir.PassError, match=f"on input number {place + 1}, "):
+        held(needle(), narrowed)
 
 
 def test_a_right_pass_is_shown_on_every_input() -> None:
@@ -290,6 +311,19 @@ def test_sums_are_driven_to_their_ends_by_the_signs_of_the_weights(name: str, mo
     np.testing.assert_array_equal(missed, expected)  # which random numbers do not find
 
 
+@pytest.mark.parametrize("name", ["matmul", "conv2d", "groups"])
+def test_every_sum_is_driven_to_what_is_proved(name: str) -> None:
+    kind = "matmul" if name == "matmul" else "conv2d"
+    graph = of_type("acc", integer(32))(on(kind, accumulator=integer(32))(sums(name)))
+    found = [
+        interpret(graph, feeds)["acc"].reshape(-1, graph.outputs[0].type.concrete(1)[-1])
+        for feeds in some_inputs(graph, 96, 0)
+    ]
+    bounds = prove(graph).bounds[graph.outputs[0]]
+    np.testing.assert_array_equal(np.concatenate(found).max(axis=0), bounds.hi)
+    np.testing.assert_array_equal(np.concatenate(found).min(axis=0), bounds.lo)
+
+
 def test_sums_are_driven_up_and_then_back() -> None:
     """What is clamped behind a sum hides how far it went, unless the sum was clamped on its way and came back."""
     graph = qir.parse(f"""
@@ -350,15 +384,18 @@ def test_a_pass_that_means_to_change_bits_says_so() -> None:
     narrowed = of_type("y", integer(8).narrowed(-128, 0))
     assert summary(held(graph, Wrong(narrowed, claims=False))) == [("wrong", "not claimed", 65536, 1)]
     assert summary(held(graph, Wrong(claims=False))) == [("wrong", "identical", 0, 0)]
-    assert summary(held(sums("matmul"), Wrong(on("matmul", overflow=Overflow.WRAP), claims=False), samples=9)) == [
-        ("wrong", "not claimed", 9, sums_that_wrap(9))
+    small = qir.parse(LAYER.replace("s8) {", "s8[5, 9]) {").replace("OVERFLOW", "saturate"))
+    wraps = on("matmul", accumulator=integer(8))
+    found = held(small, Wrong(lambda g: of_type("acc", integer(8))(wraps(g)), claims=False))
+    x = np.array(list(product(range(5, 10), repeat=4)))
+    exact = x @ np.array([[127, 1], [-127, 1], [127, 1], [127, -1]])
+    rescaled = [
+        np.floor(np.clip(y, *ends) / 512 + 0.5)
+        for y, ends in product([exact], [(-(1 << 15), (1 << 15) - 1), (-128, 127)])
     ]
-
-
-def sums_that_wrap(samples: int) -> int:
-    graph, wraps = sums("matmul"), on("matmul", overflow=Overflow.WRAP)
-    (feeds,) = some_inputs(graph, samples, 0)
-    return int((interpret(graph, feeds)["acc"] != interpret(wraps(graph), feeds)["acc"]).sum())
+    count = int((rescaled[0] != rescaled[1]).sum())
+    assert count > 100
+    assert summary(found) == [("wrong", "not claimed", 625, count)]
 
 
 def test_passes_claim_to_keep_bits() -> None:

@@ -113,6 +113,8 @@ graph @sums stage=fixed (%x: Nx4 x s8) {
         ("s40", "wrap", "matmul_s8s64s64", "matmul_s8s64s64+wrap_s40"),
         ("s40", "none", "matmul_s8s8s32+s40", "matmul_s8s64s64"),
         ("s24", "saturate_zero", "matmul_s8s8s32", "matmul_stepwise_s8s8s32"),
+        ("s40", "saturate, product=s13, product_overflow=saturate", "matmul_ordered_s8s8s64", "matmul_ordered_s8s8s64"),
+        ("s40", "saturate, product=s16, product_overflow=saturate", "matmul_s8s8s32+s40", "matmul_ordered_s8s8s64"),
         ("s24", "none", "matmul_s8s8s32", "matmul_s8s8s32"),
         ("s16", "saturate", "matmul_ordered_s8s8s32+s16", "matmul_ordered_s8s8s32+s16"),
     ],
