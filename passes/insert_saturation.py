@@ -12,6 +12,7 @@ from qir.fixed_point import Overflow
 from qir.ir import Graph, Op, Stage
 from qir.ops.accumulate import STEPWISE, Accumulating
 from qir.pass_manager import Pass, PassContext
+from qir.passes.dead_clamps import remove_dead_clamps
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair, repair_accumulators
 from qir.proof import Proof, is_idle, is_product_idle, overflow_room, prove
@@ -22,6 +23,7 @@ from qir.rewrite import map_values
 class InsertSaturation(Pass):
     """Writes `overflow=none` exactly where the proof shows that no value of the op, or partial sum, overflows.
 
+    Clamps that no output depends on are removed with their bounds.
     `repair` says how far to go for a sum that may overflow: each rung up to it is tried in order, but those in `skip`,
     and the first after which the sum is proved not to overflow is taken. With `prove` every output keeps its bits; a
     repair changes results where sums overflowed, or weights did not fit.
@@ -49,10 +51,11 @@ class InsertSaturation(Pass):
         Warns of each op whose sums may still overflow.
         """
         stepwise = any(isinstance(op, Accumulating) and op.overflow in STEPWISE for op in graph.ops)
+        graph = remove_dead_clamps(graph, context)
         if self.repair is not Repair.PROVE:
             target = context.need_target(self.name)
             repaired = repair_accumulators(graph, target, self.repair, self.skip, context)
-            graph = graph if repaired is graph else _restated(repaired)
+            graph = graph if repaired is graph else RangeAnalysis().run(repaired, PassContext())
         proof = prove(graph)
         self._report(graph, proof, stepwise, context)
         idle = _idle(graph, proof, context)
@@ -68,11 +71,6 @@ class InsertSaturation(Pass):
         for op in open_ones:
             if self.repair is not Repair.SATURATE or op.overflow not in STEPWISE:
                 context.diagnostics.append(Diagnostic(op.describe(), _warning(op, proof), "warning"))
-
-
-def _restated(graph: Graph) -> Graph:
-    """The graph with every range and partial sum as it is proved now."""
-    return RangeAnalysis().run(graph, PassContext())
 
 
 def _idle(graph: Graph, proof: Proof, context: PassContext) -> Mapping[Op, Mapping[str, Any]]:
@@ -104,5 +102,5 @@ def _warning(op: Accumulating, proof: Proof) -> str:
     what = "saturate at a step" if op.overflow in STEPWISE else "wrap"
     return (
         f"its partial sums may {reach}, beyond the [{room.lo}, {room.hi}] of {op.accumulator}, and then {what}; "
-        "repair it by insert-saturation{repair=widen}, or split, narrow or saturate; qir check shows an input that does it"
+        "repair it by insert-saturation{repair=widen}, or split, narrow or saturate; qir check shows such an input"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -148,3 +148,7 @@ def hull_of(bounds: Iterable[Bounds]) -> Bounds:
     for other in found[1:]:
         whole = whole.union(other)
     return whole
+
+
+#: Beyond every integer type: what reads all of a value asks for.
+EVERYTHING: Final = Bounds.of(-(1 << 64), 1 << 64)

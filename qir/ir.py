@@ -14,7 +14,7 @@ import numpy as np
 
 from qir.arrays import Array
 from qir.errors import QirError, RewriteError
-from qir.interval import Bounds, Interval
+from qir.interval import EVERYTHING, Bounds, Interval
 from qir.types import ElementType, IntegerType, Shape, TensorType
 
 if TYPE_CHECKING:
@@ -147,6 +147,13 @@ class Op:
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
         """Sound integer bounds of results and partial sums from those of the operands; None: no rule."""
         return None
+
+    def asked(self, demand: Bounds, operands: Sequence[Bounds]) -> tuple[Bounds, ...]:
+        """For each operand, bounds such that clamping it to them leaves the one result, clamped to `demand`, as it is.
+
+        This holds for all integers of the operands' containers; `operands` are the proved bounds.
+        """
+        return (EVERYTHING,) * len(self.operands)
 
     def real_range(self, operands: Sequence[Interval]) -> tuple[Interval, ...] | None:
         """Sound real intervals of the results from those of the operands; None: nothing is known."""

@@ -130,6 +130,8 @@ def readers_take(graph: Graph, known: Known, old: Value, kind: TensorType, bound
         step = changed.bounds([bounds if v is new else known[v] for v in changed.operands])
         if step is None or not all(_holds(v, b) for v, b in zip(changed.results, step.results, strict=True)):
             return False
+        if isinstance(changed, Requantize) and step.unsaturated is None:  # a register of 32 bits may wrap
+            return False
         if getattr(changed, "overflow", None) is Overflow.NONE and not is_idle(changed, step):
             return False
     return True

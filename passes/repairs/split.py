@@ -59,7 +59,9 @@ def split(site: Site) -> Replacement | None:
     if not sums:
         return None
     macs = sum(o.macs() for o in ops) - op.macs()
-    cost = f"{len(sums)} addition{'s' * (len(sums) > 1)} in {sums[-1].result.type.element} and {macs:,} more multiply-accumulates"
+    plural = "s" if len(sums) > 1 else ""
+    kind = sums[-1].result.type.element
+    cost = f"{len(sums)} addition{plural} in {kind} and {macs:,} more multiply-accumulates"
     return Replacement((*ops, *sums), f"its sum was cut into {len(best.parts)}, at {cost}")
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qir.errors import QirError
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divide
-from qir.interval import Bounds, Interval, gcd
+from qir.interval import EVERYTHING, Bounds, Interval, exact, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import broadcast_shapes, known_dim, normalize_axis
 from qir.ops.accumulate import bits_of, centered, centre, integer_operands, narrowing_faults
@@ -252,6 +252,21 @@ class Table(Op):
         steps = [int(np.gcd.reduce(p.astype(np.int64) - int(p.min()))) for p in parts]
         result = Bounds.of([int(p.min()) for p in parts], [int(p.max()) for p in parts], steps)
         return OpBounds((result.flat() if count == 1 else result,))
+
+    def asked(self, demand: Bounds, operands: Sequence[Bounds]) -> tuple[Bounds, ...]:
+        """The operand from the end of each row's flat head to the start of its flat tail, entries clamped to demand."""
+        data = operands[1].data
+        if data is None:
+            return super().asked(demand, operands)
+        limits = demand if data.ndim == 2 and demand.channels is not None else demand.flat()
+        low, high = (np.reshape(e, (-1, 1)) for e in (limits.lo, limits.hi))
+        rows = np.clip(np.atleast_2d(exact(data)), low, high)
+        last = rows.shape[1] - 1
+        differs = rows[:, 1:] != rows[:, :-1]
+        head = np.where(differs.any(axis=1), differs.argmax(axis=1), 0)
+        tail = np.where(differs.any(axis=1), last - differs[:, ::-1].argmax(axis=1), 0)
+        found = Bounds.of(head + self.first, tail + self.first)
+        return (found if data.ndim == 2 else found.flat(), EVERYTHING)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

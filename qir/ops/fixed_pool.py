@@ -82,6 +82,10 @@ class FixedMaxPool(Pool2d):
         assert storage is not None
         return (self.windows(x, storage.lo).max(axis=(4, 5)),)
 
+    def asked(self, demand: Bounds, operands: Sequence[Bounds]) -> tuple[Bounds, ...]:
+        """What is asked of the result: a maximum of clamped elements is the clamped maximum."""
+        return (demand,)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FixedAveragePool(Pool2d):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from qir.fixed_point import (
     Overflow,
     RequantizeForm,
     Rounding,
+    kept_bounds,
     multiply_by_reduced_multiplier,
     narrow,
     requantize,
 )
-from qir.interval import Bounds, Interval, exact
+from qir.interval import EVERYTHING, Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
 from qir.ops.accumulate import centered, centre, integer_operands
 from qir.ops.fixed_elementwise import narrowed, result_faults
@@ -32,6 +33,7 @@ from qir.types import (
     FloatType,
     IntegerType,
     Shape,
+    container_bounds,
     is_quantized,
     scale_array,
     storage_of,
@@ -164,6 +166,52 @@ class Requantize(Op):
             ends = [e[0] for e in ends]
         return replace(narrowed(Bounds.of(ends[0], ends[1], self._step(x)), storage, self.overflow), lanes=lanes)
 
+    def asked(self, demand: Bounds, operands: Sequence[Bounds]) -> tuple[Bounds, ...]:
+        """From the last operand whose image is at or below what is kept and asked for, to the first at or above it.
+
+        Each form is monotonic.
+        """
+        kind, storage = self.operands[0].type, storage_of(self.operands[0].type.element)
+        monotonic = (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC, Overflow.NONE)
+        if storage is None or storage.bits > 62 or self.overflow not in monotonic:
+            return (EVERYTHING,)
+        least, greatest = container_bounds(storage.bits, storage.signed)
+        container = centered(kind, Bounds.of(least, greatest)).hull
+        if self._may_wrap(container) or getattr(kind.element, "axis", None) not in (None, kind.rank - 1):
+            return (EVERYTHING,)
+        if self.overflow is not Overflow.NONE:
+            demand = demand.clamp(*kept_bounds(self.storage.lo, self.storage.hi, self.overflow))
+        size = greatest - least + 1
+        dtype = np.int64 if self.form in _FLOAT_FORMS or self.intermediate_bits() <= 62 else object
+        zeros = zero_array(kind.element)
+
+        def image(place: Tensor) -> Tensor:
+            return self.unsaturated((place + least - zeros).astype(dtype))
+
+        at_most = _count(lambda place: image(place) <= demand.lo, size)
+        below = _count(lambda place: image(place) < demand.hi, size)
+        low = np.where(at_most == 0, EVERYTHING.lo, least + at_most - 1)
+        high = np.where(below == size, EVERYTHING.hi, least + below)
+        found = Bounds.of(np.minimum(low, high), high)
+        return (Bounds.of(found.lo[0], found.hi[0]) if found.lo.shape == (1,) else found,)
+
+    def is_identity(self, x: Interval) -> bool:
+        """Whether every integer of the operand, zero point included, within these bounds is given back as it is."""
+        zeros = [zero_array(v.type.element) for v in (self.operands[0], self.result)]
+        if np.any(zeros[0] != zeros[1]) or zeros[0].ndim or zeros[1].ndim:
+            return False
+        centre = Interval(x.lo - int(zeros[0]), x.hi - int(zeros[0]))
+        if self._may_wrap(centre) or not Interval(self.storage.lo, self.storage.hi).contains(x):
+            return False
+        multiplier, shift = self.multiplier.data, self.shift.data + self.input_shift
+        if self.form in _FLOAT_FORMS:  # float32 holds integers of 24 bits, float64 of 53
+            digits = 24 if self.form is RequantizeForm.FLOAT32 else 53
+            largest = max(-centre.lo, centre.hi)
+            return not self.input_shift and bool((multiplier == 1).all()) and largest <= 1 << digits
+        if self.form is RequantizeForm.SHIFT:
+            return bool((shift == 0).all())
+        return bool(((multiplier == 1 << 30) & (shift == 1)).all())
+
     def _left_shift(self) -> Tensor:
         """By how many bits the operand is shifted left before anything else, as Python ints."""
         if self.form in (RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON, RequantizeForm.SHIFT):
@@ -198,6 +246,17 @@ class Requantize(Op):
         else:
             return False
         return not -(1 << 31) <= lo <= hi < 1 << 31
+
+
+def _count(holds: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """How many of the first places of `size` a property holds for, which once it ends never holds again; a channel."""
+    low = exact(np.zeros_like(np.atleast_1d(holds(exact([0]))), np.int64))
+    high = low + size
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        is_held = np.asarray(holds(np.minimum(middle, size - 1)), bool) & (middle < high)
+        low, high = np.where(is_held, middle + 1, low), np.where(is_held, high, middle)
+    return low
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -45,6 +45,10 @@ class Movement(Op):
         """The hull of the operands."""
         return OpBounds((hull_of(operands),))
 
+    def asked(self, demand: Bounds, operands: Sequence[Bounds]) -> tuple[Bounds, ...]:
+        """What is asked of any element of the result."""
+        return (demand.flat(),) * len(self.operands)
+
     def real_range(self, operands: Sequence[Interval]) -> tuple[Interval, ...]:
         """The hull of the operands."""
         return (Interval(min(o.lo for o in operands), max(o.hi for o in operands)),)

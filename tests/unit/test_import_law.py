@@ -18,7 +18,7 @@ LAYERS = (
     ("ir",),
     ("opdef",),
     ("ops",),
-    ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "serialization"),
+    ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "demand", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
     ("probes", "equivalence"),
     ("passes", "backends"),
