@@ -14,7 +14,7 @@ from qir.observers import Observer, observer_from_string
 from qir.ops.accumulate import Accumulating
 from qir.ops.constant import Const
 from qir.pass_manager import Pass, PassContext
-from qir.proof import Proof, prove
+from qir.proof import Method, Proof, prove
 from qir.rewrite import map_values
 from qir.types import FloatType
 
@@ -27,19 +27,20 @@ class RangeAnalysis(Pass):
     within their ranges; the graph becomes `ranged`. At stage `fixed` an integer value gets its proved bounds, and an
     accumulating op those of its partial sums; the calibration plays no part.
 
-    `method` is `interval`. `observer` is the name of an observer with its options behind colons: `minmax`,
+    `method` says how integers are bounded: `interval`, each by itself, or `affine`, also as a linear function of others,
+    so that what cancels or rejoins is seen (`x - mean(x)`); never wider, and slower. `observer` is the name of an observer with its options behind colons: `minmax`,
     `percentile:percent=99.9`, `entropy`, `mse:levels=16:symmetric=True`. Raises PassError for another method and
     CalibrationError for another observer.
     """
 
-    method: str = "interval"
+    method: str = Method.INTERVAL
     observer: str = "minmax"
     name: ClassVar[str] = "range-analysis"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT, Stage.FIXED})
 
     def __post_init__(self) -> None:
-        if self.method != "interval":
-            raise PassError(f"range-analysis has no method {self.method!r}; there is: interval")
+        if self.method not in tuple(Method):
+            raise PassError(f"range-analysis has no method {self.method!r}; there are: {', '.join(Method)}")
         self.chosen_observer()
 
     def chosen_observer(self) -> Observer:
@@ -75,9 +76,12 @@ class RangeAnalysis(Pass):
         return map_values(graph, lambda v: {"range": ranges[v]} if v in ranges else {}, Stage.RANGED)
 
     def _proved(self, graph: Graph, context: PassContext) -> Graph:
-        proof = prove(graph)
+        proof = prove(graph, self.method)
         context.diagnostics.extend(proof.diagnostics)
-        context.note(f"{len(proof.bounds)} integer ranges proved")
+        found = f"{len(proof.bounds)} integer ranges proved"
+        if self.method == Method.AFFINE:
+            found += f", {sum(bool(s.sources) for s in proof.steps.values())} of them tighter by affine forms"
+        context.note(found)
         widest = max((bits_of_interval(p) for op in graph.ops if (p := _partial(op, proof)) is not None), default=0)
         if widest:
             context.note(f"the widest partial sum takes {widest} bits")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -267,6 +268,39 @@ def requantize(
             return _to_integers(np.rint(scaled))
         case RequantizeForm.DOUBLE_AWAY:
             return round_half_away(_exact_int64(acc).astype(np.float64) * np.asarray(multiplier, np.float64))
+
+
+def rounded_product(
+    form: RequantizeForm, rounding: Rounding | None, multiplier: Any, shift: int, reach: int
+) -> tuple[Fraction, Fraction, Fraction]:
+    """A dyadic factor f and exact bounds of `requantize(acc, ...) - f * acc` for |acc| <= reach, where nothing wraps.
+
+    The factor has at most 31 bits; by how much a longer one differs is part of the bounds. In the floating-point forms
+    each operation is off by at most half a unit in the last place (IEEE 754), and subnormals by less than 2**-60.
+    """
+    half = Fraction(1, 2)
+    match RequantizeForm(form):
+        case RequantizeForm.SHIFT:
+            lost = 1 - Fraction(1, 1 << max(-shift, 0))  # the most that fraction bits hold
+            below, above = min(half, lost), min(half, lost)
+            if rounding in (Rounding.FLOOR, Rounding.TOWARD_ZERO):
+                below, above = lost, lost if rounding is Rounding.TOWARD_ZERO else Fraction(0)
+            return Fraction(2) ** shift, -below, above
+        case RequantizeForm.SINGLE_ROUND:
+            return Fraction(int(multiplier)) * Fraction(2) ** (shift - 31), -half, half
+        case RequantizeForm.REDUCED_16:
+            return Fraction(int(reduced_multiplier(int(multiplier)))) * Fraction(2) ** (shift - 15), -half, half
+        case RequantizeForm.DOUBLE_ROUND | RequantizeForm.NEON:
+            twice = half + (half * Fraction(2) ** shift if shift < 0 else 0)
+            return Fraction(int(multiplier)) * Fraction(2) ** (shift - 31), -twice, twice
+        case RequantizeForm.FLOAT32:
+            exact, unit = Fraction(float(np.float32(multiplier))), Fraction(1, 1 << 22)
+        case RequantizeForm.DOUBLE_AWAY:
+            exact, unit = Fraction(float(multiplier)), Fraction(1, 1 << 51)
+    power = Fraction(2) ** (math.frexp(float(exact))[1] - 31)
+    factor = round(exact / power) * power
+    error = half + abs(factor - exact) * reach + exact * reach * unit + Fraction(1, 1 << 60)
+    return factor, -error, error
 
 
 def multiply_by_reduced_multiplier(acc: Integers, multiplier: Integers, shift: Integers) -> Integers:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_type_hints
 
 import numpy as np
 
+from qir.affine import Form
 from qir.arrays import Array
 from qir.errors import QirError, RewriteError
 from qir.interval import EVERYTHING, Bounds, Interval
@@ -155,6 +156,10 @@ class Op:
         """
         return (EVERYTHING,) * len(self.operands)
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The exact centred result, before it is narrowed, from the forms and bounds of the operands; None: unknown."""
+        return None
+
     def real_range(self, operands: Sequence[Interval]) -> tuple[Interval, ...] | None:
         """Sound real intervals of the results from those of the operands; None: nothing is known."""
         return None
@@ -179,6 +184,7 @@ class OpBounds:
     `unsaturated` bounds a narrowing op's value before saturation, so that a proof can show it idle; `product` does so
     for the products that an accumulating op narrows one by one. Partial sums are bounded before a step narrows them.
     `lanes` bounds other registers on the way, by name; `channel_partials` is `partial` for each output channel.
+    `sources` names the values whose affine forms made bounds tighter than those of the operands do.
     """
 
     results: tuple[Bounds, ...]
@@ -187,6 +193,7 @@ class OpBounds:
     product: Interval | None = None
     lanes: Mapping[str, Interval] = field(default_factory=dict)
     channel_partials: Bounds | None = None
+    sources: tuple[str, ...] = ()
 
 
 _BASE_FIELDS = ("operands", "results", "location")

@@ -20,7 +20,7 @@ from qir.interpreter import check_feeds
 from qir.ir import Graph, Stage, Value
 from qir.ops.accumulate import Accumulating
 from qir.ops.fixed_rescale import dequantize_array, quantize_input
-from qir.proof import prove
+from qir.proof import prove_claims
 from qir.serialization import read_graph, whole_folder, write_graph
 from qir.types import is_quantized, storage_of
 from qir.verifier import verify
@@ -105,7 +105,7 @@ class Program:
     def __init__(self, graph: Graph, backend: Backend | None = None, *, use_proof: bool = True) -> None:
         if graph.stage is not Stage.FIXED:
             raise QirError(f"graph @{graph.name} is at stage {graph.stage}; a program runs stage fixed: run legalize")
-        proof = prove(graph)
+        proof = prove_claims(graph)
         verify(graph, proof)
         missing = _unstated(graph)
         if missing:

@@ -6,9 +6,11 @@ type and a diagnostic, so that unknown is never skipped.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from qir.correlation import Correlations
 from qir.errors import Diagnostic, QirError
 from qir.fixed_point import Overflow, kept_bounds
 from qir.interval import Bounds, Interval
@@ -36,20 +38,33 @@ class Proof:
         return bounds.hull if bounds is not None else None
 
 
-def prove(graph: Graph) -> Proof:
+class Method(enum.StrEnum):
+    """How bounds are worked out."""
+
+    INTERVAL = "interval"  # each value by itself
+    AFFINE = "affine"  # also as a linear function of others, so that what cancels or rejoins is seen; never wider
+
+
+def prove(graph: Graph, method: str = Method.INTERVAL) -> Proof:
     """Bounds of every integer value of a fixed-stage graph, from the storage bounds of its inputs.
 
-    A graph never changes, so its proof is worked out once and kept on it: the verifier, the next pass and the program
-    ask for the same one.
+    A graph never changes, so its proof is worked out once by each method and kept on it: the verifier, the next pass
+    and the program ask for the same one.
     """
-    known: Proof | None = graph.__dict__.get("_proof")
-    if known is None:
-        known = _prove(graph)
-        object.__setattr__(graph, "_proof", known)
-    return known
+    known: dict[Method, Proof] = graph.__dict__.setdefault("_proofs", {})
+    kind = Method(method)
+    if kind not in known:
+        known[kind] = _prove(graph, Correlations() if kind is Method.AFFINE else None)
+    return known[kind]
 
 
-def _prove(graph: Graph) -> Proof:
+def prove_claims(graph: Graph) -> Proof:
+    """The proof by intervals where it supports all that the graph states, else the one by affine forms."""
+    proof = prove(graph)
+    return proof if next(false_claims(graph, proof), None) is None else prove(graph, Method.AFFINE)
+
+
+def _prove(graph: Graph, correlations: Correlations | None) -> Proof:
     bounds: dict[Value, Bounds] = {}
     steps: dict[Op, OpBounds] = {}
     diagnostics: list[Diagnostic] = []
@@ -60,6 +75,8 @@ def _prove(graph: Graph) -> Proof:
         if not op.is_float:
             try:
                 step = op.bounds([bounds.get(v, _FLOAT_PLACEHOLDER) for v in op.operands])
+                if step is not None and correlations is not None:
+                    step = correlations.tighten(op, bounds, step)
             except QirError as fault:
                 raise QirError(f"{op.describe()}: its bounds cannot be worked out: {fault}") from fault
         if step is not None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from qir.errors import Diagnostic, QirError, VerifyError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
-from qir.proof import Proof, false_claims, prove
+from qir.proof import Proof, false_claims, prove_claims
 from qir.types import ElementType, FloatType, is_quantized, shape_text
 
 
@@ -40,7 +40,7 @@ def find_faults(graph: Graph, proof: Proof | None = None, *, claims: bool = True
         for op in graph.ops:
             faults += [Diagnostic(op.describe(), m) for m in _op(graph, op)]
     if claims and not faults and graph.stage is Stage.FIXED:
-        faults += false_claims(graph, proof or prove(graph))
+        faults += false_claims(graph, proof or prove_claims(graph))
     return tuple(faults)
 
 

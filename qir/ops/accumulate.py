@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from qir.affine import Form
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_shift
 from qir.interval import Bounds, Interval, exact, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
@@ -21,6 +22,8 @@ Tensor = npt.NDArray[Any]
 #: Overflow modes of which each step of a sum counts: the sum in another order, or narrowed once, may differ.
 STEPWISE: Final = frozenset({Overflow.SATURATE, Overflow.SATURATE_ZERO, Overflow.SATURATE_SYMMETRIC})
 _WIDEST_SHIFT: Final = 31
+#: Products that bounds of partial sums over affine forms may take.
+_MOST_PREFIX_PRODUCTS: Final = 1 << 28
 
 
 class Order(enum.StrEnum):
@@ -159,6 +162,10 @@ class Accumulating(Op):
         else:
             yield self.entering((tap @ kernel.transpose(0, 2, 1)).reshape(shape))
 
+    def chains(self, channel: int, operands: Sequence[Bounds]) -> Chains | None:
+        """The sums of an output channel that `bounds` tells apart; None: no rule. Constant operands hold `data`."""
+        return None
+
     def chain_bounds(self, terms: Terms, valid: Tensor, bias: Bounds | None) -> OpBounds:
         """Bounds of a chain of products.
 
@@ -181,6 +188,39 @@ class Accumulating(Op):
         if self.overflow not in STEPWISE and not kept.contains(partial):
             result = Bounds.of(self.accumulator.lo, self.accumulator.hi)
         return OpBounds((result,), partial, partial, product, lanes, found.partial)
+
+    def kernel(self, bounds: Sequence[Bounds]) -> Kernel | None:
+        """The sum as weights of neighbours, where they are constant."""
+        return None
+
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The sum as no step narrows or rounds it."""
+        kernel = self.kernel(bounds)
+        return None if kernel is None else self._with_bias(kernel.of(operands[0]), bounds)
+
+    def affine_partials(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Bounds | None:
+        """Bounds a channel of every partial sum, from the form of an operand that is no source of its own."""
+        kernel = None if operands[0].is_plain else self.kernel(bounds)
+        if kernel is None or kernel.is_padded:
+            return None
+        found = Bounds.of(np.zeros(kernel.outputs, np.int64), 0)
+        if len(bounds) > 2 and self.order.bias_first:
+            found = found.union(bounds[2])
+        for prefix in kernel.prefixes(operands[0], self.order):
+            form = self._with_bias(prefix, bounds, is_last=False)
+            if form is None:
+                return None
+            found = found.union(form.bounds())
+        last = self.affine(operands, bounds)  # where the bias comes last
+        return None if last is None else found.union(last.bounds())
+
+    def _with_bias(self, form: Form | None, bounds: Sequence[Bounds], *, is_last: bool = True) -> Form | None:
+        """Shifted products plus the bias; before the last product only where the bias comes first."""
+        if form is None or self.shift < 0:
+            return None
+        form = replace(form, scale=form.scale - self.shift)
+        has_bias = len(bounds) > 2 and (is_last or self.order.bias_first)
+        return form.shifted(bounds[2].lo, bounds[2].hi) if has_bias else form
 
     def _exact_sums(self, terms: Terms, valid: Tensor, bias: Bounds | None) -> _Sums:
         """The sums of what enters, none of them narrowed: independent operands attain every bound."""
@@ -268,6 +308,55 @@ class Accumulating(Op):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Chains:
+    """Sums of one output channel, one for each kind of position, and the elements that they multiply, in their order.
+
+    `positions` are indices into the result of one sample. `left` and `right` [positions, products] count the elements
+    of the first two operands, row by row; where `right` is None, the elements of the first are summed themselves.
+    `valid` says which products there are: the others lie on padding and add 0.
+    """
+
+    positions: tuple[tuple[int, ...], ...]
+    left: Tensor
+    right: Tensor | None
+    valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A sum of neighbours: int64 weights [outputs, inputs] at each offset, strides, and the grid of the result."""
+
+    taps: Mapping[tuple[int, ...], Tensor]
+    strides: tuple[int, ...]
+    grid: tuple[int, ...]
+    is_padded: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """The output channels."""
+        return len(next(iter(self.taps.values())))
+
+    def of(self, form: Form) -> Form | None:
+        """The sum over a form."""
+        return form.convolved(self.taps, self.strides, self.grid, is_padded=self.is_padded)
+
+    def prefixes(self, form: Form, order: Order) -> Iterator[Form | None]:
+        """The sum after each product in turn, good until the next is asked for; None where there are too many."""
+        inputs = next(iter(self.taps.values())).shape[1]
+        weights = sum(w.size for linear in form.terms.values() for w in linear.arrays())
+        if self.outputs * weights * len(self.taps) ** 2 * inputs > _MOST_PREFIX_PRODUCTS:
+            yield None
+            return
+        places = [(tap, c) for tap in self.taps for c in range(inputs)]
+        if order.channels_outside:
+            places = [(tap, c) for c in range(inputs) for tap in self.taps]
+        partial = {tap: np.zeros_like(w) for tap, w in self.taps.items()}
+        for tap, c in places:
+            partial[tap][:, c] = self.taps[tap][:, c]
+            yield replace(self, taps=partial).of(form)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Terms:
     """Exact bounds of products, [outputs, taps, inputs] along the chain; `step` as of `Bounds`.
 
@@ -335,6 +424,8 @@ def narrowing_faults(storage: IntegerType, overflow: Overflow, what: str = "valu
         yield f"{what} cannot wrap to the bounds of {storage}, which are not those of its container"
     elif overflow is Overflow.SATURATE_ZERO and not storage.lo <= 0 <= storage.hi:
         yield f"{what} cannot become 0 within the bounds of {storage}"
+    elif overflow is Overflow.SATURATE_SYMMETRIC and storage.hi < 0:
+        yield f"{what} cannot saturate to the bounds of {storage} and their negatives, which have no number in common"
 
 
 def centre(data: Tensor, kind: TensorType) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qir.affine import Form
 from qir.errors import QirError
 from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divide
 from qir.interval import EVERYTHING, Bounds, Interval, exact, gcd
@@ -105,6 +106,10 @@ class FixedAdd(Elementwise):
         """The sum."""
         return a + b
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The sum of both."""
+        return operands[0].plus(operands[1])
+
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
         return gcd(a.steps, b.steps)
@@ -123,6 +128,10 @@ class FixedSub(Elementwise):
         """The difference."""
         return a - b
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The difference of both."""
+        return operands[0].plus(operands[1], -1)
+
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
         return gcd(a.steps, b.steps)
@@ -140,6 +149,19 @@ class FixedMul(Elementwise):
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The product."""
         return a * b
+
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """One operand, of those that vary the one on more positions, times the bounds of the other."""
+        shape = self.result.type.shape
+        kinds = [v.type for v in self.operands]
+        first = max((0, 1), key=lambda i: (bool(operands[i].terms), kinds[i].sample_size))
+        channels, grid = int(shape[-1]) if shape else 1, tuple(int(d) for d in shape[1:-1])
+        form = operands[first].spread(channels, grid)
+        by, own = (centered(kinds[i], self._whole(bounds[i], kinds[i].shape)) for i in (1 - first, first))
+        if form is None:
+            return None
+        lo, hi, reach = (exact(np.broadcast_to(e, channels)) for e in (by.lo, by.hi, np.maximum(own.hi, -own.lo)))
+        return form.times(lo, hi, reach)
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides each step times what it meets."""

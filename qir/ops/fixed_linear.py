@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from qir.affine import Form
 from qir.errors import QirError
 from qir.interval import Bounds, Interval
 from qir.ir import OpBounds
 from qir.opdef import Window, broadcast_shapes, known_dim, normalize_axis, pad_spatial, window_view
-from qir.ops.accumulate import Accumulating, bits_of, centered, centre, term_bounds
+from qir.ops.accumulate import Accumulating, Chains, Kernel, bits_of, centered, centre, term_bounds
 from qir.types import BATCH, Dim, Shape, shape_text
 
 Tensor = npt.NDArray[Any]
+
+#: Weights with the zeros between groups that an affine form may take.
+_MOST_DENSE_WEIGHTS: Final = 1 << 20
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,6 +85,26 @@ class Conv2d(Accumulating):
 
         return (self.accumulate(products(), np.zeros((*pixels, w.shape[0]), x.dtype), bias),)
 
+    def kernel(self, bounds: Sequence[Bounds]) -> Kernel | None:
+        """The weights of each tap, of all groups side by side."""
+        weights = centered(self.operands[1].type, bounds[1]).data
+        if weights is None or weights.dtype == object or not weights.size:
+            return None
+        count, per_group = weights.shape[0], weights.shape[3]
+        if weights.size * self.groups > _MOST_DENSE_WEIGHTS:
+            return None
+        window, (_, *spatial, _) = self.window, self.operands[0].type.shape
+        grid = tuple(int(d) for d in self.result.type.shape[1:3])
+        own = (np.arange(count) // (count // self.groups))[:, None] * per_group + np.arange(per_group)
+        taps = {}
+        for place in np.ndindex(*window.kernel):
+            dense = np.zeros((count, self.groups * per_group), np.int64)
+            np.put_along_axis(dense, own, weights[:, place[0], place[1]], axis=1)
+            offset = (i * d - window.pad(a)[0] for a, (i, d) in enumerate(zip(place, self.dilations, strict=True)))
+            taps[tuple(offset)] = dense
+        inside = (window.taps(a, int(spatial[a]), grid[a]).all() for a in range(2))
+        return Kernel(taps, self.strides, grid, is_padded=not all(inside))
+
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
         """Per output channel, position by position where padding cuts taps off."""
         w = self.operands[1].type.shape
@@ -100,6 +124,25 @@ class Conv2d(Accumulating):
         rows, columns = (np.unique(window.taps(a, spatial[a], outputs[a]), axis=0) for a in range(2))
         valid = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(len(rows) * len(columns), -1)
         return self.chain_bounds(terms, valid, operands[2] if len(operands) > 2 else None)
+
+    def chains(self, channel: int, operands: Sequence[Bounds]) -> Chains:
+        """One for each pattern of taps that padding cuts off."""
+        height, width, channels = size = self.operands[0].type.concrete(1)[1:]
+        count, *kernel, per_group = self.operands[1].type.concrete(0)
+        window, outputs = self.window, self.window.output(size[:2])
+        first = [np.unique(window.taps(a, size[a], outputs[a]), axis=0, return_index=True)[1] for a in range(2)]
+        starts = np.stack(np.meshgrid(*first, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+        taps = np.indices((*kernel, per_group))
+        if self.order.channels_outside:
+            taps = taps.transpose(0, 3, 1, 2)
+        row, column, place = taps.reshape(3, -1)
+        y = starts[:, 0] * self.strides[0] + row * self.dilations[0] - self.pads[0]
+        x = starts[:, 1] * self.strides[1] + column * self.dilations[1] - self.pads[1]
+        valid = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        left = (y * width + x) * channels + channel // (count // self.groups) * per_group + place
+        right = ((channel * kernel[0] + row) * kernel[1] + column) * per_group + place
+        positions = tuple((0, int(i), int(j), channel) for i, j in starts[..., 0])
+        return Chains(positions, np.where(valid, left, 0), np.broadcast_to(right, left.shape), valid)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -148,6 +191,14 @@ class FixedMatMul(Accumulating):
 
         return (self.accumulate(products(), np.zeros(shape, a.dtype), bias),)
 
+    def kernel(self, bounds: Sequence[Bounds]) -> Kernel | None:
+        """The weights of the row that an output is made from."""
+        weights = centered(self.operands[1].type, bounds[1]).data
+        grid = tuple(int(d) for d in self.result.type.shape[1:-1])
+        if weights is None or weights.dtype == object or weights.ndim != 2 or not weights.size:
+            return None
+        return Kernel({(0,) * len(grid): np.ascontiguousarray(weights.T)}, (1,) * len(grid), grid)
+
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
         """Per output: from the very elements of b where it is constant and shared by the batch."""
         length = int(self.operands[0].type.shape[-1])
@@ -162,6 +213,17 @@ class FixedMatMul(Accumulating):
             terms = term_bounds(a, b.map(lambda e: e[..., None]))
         terms = terms.map(lambda e: np.broadcast_to(e, (count, length)).reshape(count, 1, length))
         return self.chain_bounds(terms, np.ones((1, 1), bool), operands[2] if len(operands) > 2 else None)
+
+    def chains(self, channel: int, operands: Sequence[Bounds]) -> Chains:
+        """The first row, for all are alike; every row where constants make them differ."""
+        (*lead, rows, _), length = self.result.type.concrete(1), int(self.operands[0].type.shape[-1])
+        a, b = (np.arange(math.prod(s)).reshape(s) for s in (v.type.concrete(1) for v in self.operands[:2]))
+        left = np.broadcast_to(a, (*lead, rows, length)).reshape(-1, length)
+        right = np.broadcast_to(b[..., None, :, channel], (*lead, rows, length)).reshape(-1, length)
+        differ = operands[0].data is not None or (operands[1].data is not None and b.ndim > 2)
+        positions = tuple((*at, channel) for at in np.ndindex(*lead, rows))[: None if differ else 1]
+        left, right = left[: len(positions)], right[: len(positions)]
+        return Chains(positions, left, right, np.ones(left.shape, bool))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -203,6 +265,20 @@ class ReduceSum(Accumulating):
         shape = self.infer()[0]
         return (summed.reshape(tuple(len(x) if d == BATCH else int(d) for d in shape)),)
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The sum over all positions, or over the channels, which stay as one."""
+        rank, axes = self.operands[0].type.rank, tuple(sorted(self.axes))
+        if self.shift < 0:
+            return None
+        if axes == tuple(range(1, rank - 1)):
+            form = operands[0].summed()
+            form = form.regrid((1,) * len(axes)) if form is not None and self.keepdims else form
+        elif axes == (rank - 1,) and self.keepdims and rank > 1:
+            form = operands[0].summed_channels()
+        else:
+            return None
+        return form if form is None else replace(form, scale=form.scale - self.shift)
+
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """`count` times the bounds of an element."""
         x = centered(self.operands[0].type, operands[0])
@@ -216,3 +292,14 @@ class ReduceSum(Accumulating):
         terms = terms.map(lambda e: np.broadcast_to(np.reshape(e, (-1, 1, 1)), shape))
         found = self.chain_bounds(terms, np.ones((1, self.count), bool), None)
         return found if x.channels is not None else replace(found, results=(found.results[0].flat(),))
+
+    def chains(self, channel: int, operands: Sequence[Bounds]) -> Chains:
+        """One, for all are alike."""
+        shape = self.operands[0].type.concrete(1)
+        places = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), self.axes, range(len(self.axes)))
+        kept = [channel if axis == len(shape) - 1 else 0 for axis in range(len(shape)) if axis not in self.axes]
+        left = places[(..., *kept)].reshape(1, -1)
+        position = list(kept)
+        for axis in sorted(self.axes) if self.keepdims else ():
+            position.insert(axis, 0)
+        return Chains((tuple(position),), left, None, np.ones(left.shape, bool))

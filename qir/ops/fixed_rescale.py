@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qir.affine import Form
 from qir.arrays import Array
 from qir.errors import QirError
 from qir.fixed_point import (
@@ -20,6 +21,7 @@ from qir.fixed_point import (
     multiply_by_reduced_multiplier,
     narrow,
     requantize,
+    rounded_product,
 )
 from qir.interval import EVERYTHING, Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
@@ -211,6 +213,21 @@ class Requantize(Op):
         if self.form is RequantizeForm.SHIFT:
             return bool((shift == 0).all())
         return bool(((multiplier == 1 << 30) & (shift == 1)).all())
+
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The operand times the factor, off by what rounding may change."""
+        x = centered(self.operands[0].type, bounds[0])
+        if self._may_wrap(x.hull):
+            return None
+        form = replace(operands[0], scale=operands[0].scale - self.input_shift)
+        reach = int(max(-x.hull.lo, x.hull.hi, 0)) << self.input_shift
+        multipliers, shifts = (np.broadcast_to(a.data, form.channels) for a in (self.multiplier, self.shift))
+        known = [
+            rounded_product(self.form, self.rounding, m, int(s), reach)
+            for m, s in zip(multipliers, shifts, strict=True)
+        ]
+        factors, below, above = zip(*known, strict=True)
+        return form.scaled(factors, (below, above))
 
     def _left_shift(self) -> Tensor:
         """By how many bits the operand is shifted left before anything else, as Python ints."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qir.affine import Form, stacked
 from qir.arrays import Array
 from qir.errors import QirError
 from qir.interval import Bounds, Interval, hull_of
@@ -97,6 +98,13 @@ class Reshape(Movement):
         times = last // channels
         return OpBounds((operands[0].map(lambda e: np.tile(e, times)),))
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """The same elements, where samples and channels stay what they are."""
+        source, shape = self.operands[0].type.shape, self.result.type.shape
+        if len(shape) < 2 or source[0] != shape[0] or source[-1] != shape[-1]:
+            return None
+        return operands[0].regrid(tuple(int(d) for d in shape[1:-1]))
+
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's reshape."""
         lead = (arrays[0].shape[0],) if self.operands[0].type.is_batched else ()
@@ -176,6 +184,12 @@ class Concat(Movement):
         lo, hi, step = (np.concatenate(parts) for parts in zip(*ends, strict=True))
         return OpBounds((Bounds(lo, hi, None, step),))
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """Channels side by side."""
+        rank = self.operands[0].type.rank
+        is_last = rank > 1 and normalize_axis(self.axis, rank) == rank - 1
+        return stacked(operands) if is_last and len({f.grid for f in operands}) == 1 else None
+
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's concatenate."""
         return np.concatenate(arrays, axis=self.axis)
@@ -223,6 +237,12 @@ class Slice(Movement):
                 bounds = bounds.map(operator.itemgetter(keep))
         return OpBounds((bounds,))
 
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """Some of the channels."""
+        if self.axes != (self.operands[0].type.rank - 1,) or self.axes == (0,):
+            return None
+        return operands[0].rows(range(self.starts[0], self.ends[0], self.steps[0]))
+
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's basic slicing."""
         index: list[slice] = [slice(None)] * arrays[0].ndim
@@ -266,6 +286,11 @@ class Gather(Movement):
         if self.indices.data.ndim != 1:
             return OpBounds((bounds.flat(),))
         return OpBounds((bounds.map(operator.itemgetter(self.indices.data)),))
+
+    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+        """Some of the channels."""
+        is_last = self.axis == self.operands[0].type.rank - 1 > 0 and self.indices.data.ndim == 1
+        return operands[0].rows(self.indices.data) if is_last else None
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's take."""

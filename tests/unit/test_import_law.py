@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 # A module or subpackage of qir may import from its own layer and from those above it in this table.
 LAYERS = (
-    ("errors", "arrays", "types", "fixed_point", "integer_functions", "integer_functions_16", "interval"),
+    ("errors", "arrays", "types", "fixed_point", "integer_functions", "integer_functions_16", "interval", "affine"),
     ("ir",),
     ("opdef",),
     ("ops",),
-    ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "demand", "serialization"),
+    ("printer", "parser", "verifier", "interpreter", "rewrite", "correlation", "proof", "demand", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
     ("probes", "equivalence"),
     ("passes", "backends"),

@@ -1,0 +1,138 @@
+"""The correlation-aware part of the proof: affine forms of values, and what they add to the bounds of an op.
+
+A value that no form describes, because its op is not linear, clamps too much or would take too many weights, is a
+source of its own for what follows. Everything found is intersected with what intervals give, and so never wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from qir.affine import Form, Source
+from qir.fixed_point import Overflow, kept_bounds
+from qir.interval import Bounds, Interval, exact
+from qir.ir import Op, OpBounds, Value
+from qir.ops.accumulate import STEPWISE, Accumulating, centered
+from qir.ops.constant import Const
+from qir.types import storage_of, zero_array
+
+#: A clamp that cuts off at most this share of a value's range is an error of the form; a harder one ends it.
+_MOST_CUT: Final = 4
+#: Sources are of fewer bits than this.
+_SOURCE_BITS: Final = 40
+
+
+class Correlations:
+    """Forms of the values of one graph, op by op in its order."""
+
+    def __init__(self) -> None:
+        self._forms: dict[Value, Form] = {}
+
+    def tighten(self, op: Op, bounds: Mapping[Value, Bounds], step: OpBounds) -> OpBounds:
+        """The bounds of an op with what the forms of its operands add; `bounds` holds those of the operands."""
+        if isinstance(op, Const) or op.is_float or len(op.results) != 1 or not op.result.type.sample_size:
+            return step
+        operands = [self._operand(v, bounds, op.result.type.rank) for v in op.operands]
+        given = [bounds[v] for v in op.operands if v in bounds]
+        if not all(operands) or len(given) != len(operands):
+            return step
+        forms = [form for form in operands if form is not None]
+        form = op.affine(forms, given)
+        if form is None or not form.terms:
+            return step
+        if isinstance(op, Accumulating):
+            found, kept = _accumulated(op, forms, given, step, form)
+        else:
+            found, kept = _narrowed(op, step, form)
+        if kept is not None:
+            self._forms[op.result] = kept
+        return replace(found, sources=tuple(s.name for s in form.sources)) if _is_tighter(found, step) else found
+
+    def _operand(self, value: Value, bounds: Mapping[Value, Bounds], rank: int) -> Form | None:
+        """What is known of an operand: its form, itself as a source, or an offset where it is constant."""
+        shape = value.type.shape
+        if value in self._forms or value not in bounds:
+            return self._forms.get(value)
+        found = centered(value.type, bounds[value])
+        channels = int(shape[-1]) if shape else 1
+        if bounds[value].data is not None:
+            grid = (1,) * max(rank - 1 - len(shape), 0) + tuple(int(d) for d in shape[-rank:][1:-1] if len(shape) > 1)
+            lo, hi = (np.broadcast_to(e, (channels,)) for e in (found.lo, found.hi))
+            return Form(grid[-max(rank - 2, 0) :] if rank > 2 else (), {}, exact(lo), exact(hi))
+        hull = found.hull
+        if len(shape) < 2 or not channels or max(abs(int(hull.lo)), abs(int(hull.hi))).bit_length() > _SOURCE_BITS:
+            return None
+        lo, hi = (np.broadcast_to(e, (channels,)).astype(np.int64) for e in (found.lo, found.hi))
+        form = Form.of(Source(value.name, lo, hi, tuple(int(d) for d in shape[1:-1])))
+        if form is not None:
+            self._forms[value] = form
+        return form
+
+
+def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None]:
+    """The bounds of an op that narrows its exact result, or only moves elements."""
+    free = form.bounds().shifted(zero_array(op.result.type.element))
+    storage = storage_of(op.result.type.element)
+    overflow = getattr(op, "overflow", None)
+    assert storage is not None
+    if overflow is None or step.unsaturated is None:
+        return replace(step, results=(step.results[0].intersect(free),)), form
+    unsaturated = _both(step.unsaturated, free.hull)
+    room = Interval(*kept_bounds(storage.lo, storage.hi, overflow))
+    if room.contains(unsaturated):
+        return replace(step, results=(step.results[0].intersect(free),), unsaturated=unsaturated), form
+    step = replace(step, unsaturated=unsaturated)
+    if overflow not in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC):
+        return step, None
+    cut = np.minimum(room.hi - free.hi, 0), np.maximum(room.lo - free.lo, 0)
+    step = replace(step, results=(step.results[0].intersect(free.clamp(int(room.lo), int(room.hi))),))
+    most = max(-int(cut[0].min()), int(cut[1].max()))
+    is_slight = most * _MOST_CUT <= int(unsaturated.hi) - int(unsaturated.lo)
+    return step, form.shifted(*cut) if is_slight else None
+
+
+def _accumulated(
+    op: Accumulating, forms: Sequence[Form], bounds: Sequence[Bounds], step: OpBounds, form: Form
+) -> tuple[OpBounds, Form | None]:
+    """The bounds of an accumulator: those of its sums where no step changes any of them."""
+    kept = Interval(*kept_bounds(op.accumulator.lo, op.accumulator.hi, op.overflow))
+    assert step.partial is not None
+    assert step.channel_partials is not None
+    is_product_kept = (
+        op.product is None
+        or op.product_overflow is None
+        or (
+            step.product is not None
+            and Interval(*kept_bounds(op.product.lo, op.product.hi, op.product_overflow)).contains(step.product)
+        )
+    )
+    if not is_product_kept:
+        return step, None
+    prefixes = op.affine_partials(forms, bounds)
+    if prefixes is not None and (op.overflow not in STEPWISE or kept.contains(prefixes.hull)):
+        partials = step.channel_partials.intersect(prefixes)
+        step = replace(step, partial=partials.hull, unsaturated=partials.hull, channel_partials=partials)
+    assert step.partial is not None
+    if not kept.contains(step.partial):
+        return step, None
+    return replace(step, results=(step.results[0].intersect(form.bounds()),)), form
+
+
+def _both(a: Interval, b: Interval) -> Interval:
+    found = a.intersect(b)
+    assert found is not None
+    return found
+
+
+def _is_tighter(found: OpBounds, step: OpBounds) -> bool:
+    """Whether forms gave anything that intervals did not."""
+    new, old = found.results[0], step.results[0]
+    return (
+        bool(np.any(new.lo != old.lo) or np.any(new.hi != old.hi))
+        or found.partial != step.partial
+        or found.unsaturated != step.unsaturated
+    )
