@@ -216,6 +216,7 @@ def _compile(arguments: argparse.Namespace) -> None:
     ]
     if arguments.dump_ir:
         fields.append(("IR dumps", arguments.dump_ir))
+    fields += [("warning", f"{d.place}: {d.message}") for record in timing.records for d in record.diagnostics]
     print(f"\n{fields_text(fields)}")
 
 
@@ -236,6 +237,8 @@ def _opt(arguments: argparse.Namespace) -> None:
     context = PassContext(target, _read_calibration(arguments.calibration, graph))
     with progress_bar() as context.progress:
         graph = pipeline.run(graph, context)
+    for found in context.diagnostics:
+        print(f"qir: {found}", file=sys.stderr)
     if arguments.output:
         write_graph(graph, arguments.output)
     else:

@@ -124,13 +124,14 @@ def _parse_option(kind: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What a pass did: its notes, its wall time in seconds, and the graphs before and after."""
+    """What a pass did: its notes, its wall time in seconds, the graphs before and after, and what it warned of."""
 
     name: str
     seconds: float
     notes: tuple[str, ...]
     before: Graph
     after: Graph
+    diagnostics: tuple[Diagnostic, ...] = ()
 
 
 class Instrument(Protocol):
@@ -289,10 +290,12 @@ class Pipeline(Sequence[Pass]):
                 if graph.stage not in item.requires:
                     raise PassError(f"takes stage {' or '.join(sorted(item.requires))}, the graph is at {graph.stage}")
                 context.notes.clear()
+                warned = len(context.diagnostics)
                 context.progress(item.name, index, len(self.passes))
                 start = time.perf_counter()
                 after = item.run(graph, context)
-                record = PassRecord(item.name, time.perf_counter() - start, tuple(context.notes), graph, after)
+                seconds, found = time.perf_counter() - start, tuple(context.diagnostics[warned:])
+                record = PassRecord(item.name, seconds, tuple(context.notes), graph, after, found)
                 if item.ensures is not None and after.stage is not item.ensures:
                     raise PassError(f"ended at stage {after.stage}, it promises {item.ensures}")
                 for instrument in watching:
