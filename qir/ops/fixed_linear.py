@@ -218,12 +218,13 @@ class FixedMatMul(Accumulating):
         """The first row, for all are alike; every row where constants make them differ."""
         (*lead, rows, _), length = self.result.type.concrete(1), int(self.operands[0].type.shape[-1])
         a, b = (np.arange(math.prod(s)).reshape(s) for s in (v.type.concrete(1) for v in self.operands[:2]))
-        left = np.broadcast_to(a, (*lead, rows, length)).reshape(-1, length)
-        right = np.broadcast_to(b[..., None, :, channel], (*lead, rows, length)).reshape(-1, length)
         differ = operands[0].data is not None or (operands[1].data is not None and b.ndim > 2)
-        positions = tuple((*at, channel) for at in np.ndindex(*lead, rows))[: None if differ else 1]
-        left, right = left[: len(positions)], right[: len(positions)]
-        return Chains(positions, left, right, np.ones(left.shape, bool))
+        positions = tuple((*at, channel) for at in np.ndindex(*lead, rows))
+        left, right = (
+            np.broadcast_to(e, (*lead, rows, length)).reshape(len(positions), length)[: None if differ else 1]
+            for e in (a, b[..., None, :, channel])
+        )
+        return Chains(positions[: len(left)], left, right, np.ones(left.shape, bool))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -298,7 +299,7 @@ class ReduceSum(Accumulating):
         shape = self.operands[0].type.concrete(1)
         places = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), self.axes, range(len(self.axes)))
         kept = [channel if axis == len(shape) - 1 else 0 for axis in range(len(shape)) if axis not in self.axes]
-        left = places[(..., *kept)].reshape(1, -1)
+        left = places[(slice(None),) * len(self.axes) + tuple(kept)].reshape(1, -1)
         position = list(kept)
         for axis in sorted(self.axes) if self.keepdims else ():
             position.insert(axis, 0)

@@ -20,7 +20,7 @@ LAYERS = (
     ("ops",),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "correlation", "proof", "demand", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
-    ("probes", "equivalence"),
+    ("probes", "equivalence", "counterexample"),
     ("passes", "backends"),
     ("program", "compiler", "comparison"),
     ("__init__", "testing"),
