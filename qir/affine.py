@@ -8,9 +8,8 @@ bits that sums of them stay exact in int64; what rounding loses is part of the o
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Final
@@ -21,106 +20,113 @@ import numpy.typing as npt
 from qir.interval import Bounds, ExactArray, exact
 
 IntArray = npt.NDArray[np.int64]
-Offset = tuple[int, ...]
-Strides = tuple[int, ...] | None
+Place = tuple[int, ...]
+Axes = frozenset[int]
 
 #: Bits of a weight after rounding.
 _WEIGHT_BITS: Final = 30
+#: Bits of weights that are added in common units.
+_ALIGNED_BITS: Final = 48
 #: Forms with more weights than this are given up: what they bound becomes a source of its own.
 _MOST_WEIGHTS: Final = 1 << 20
 #: So many products are taken at most to compose two linear functions.
 _MOST_PRODUCTS: Final = 1 << 26
-#: Bits of weights that are added in common units.
-_ALIGNED_BITS: Final = 48
 #: int64 sums stay below 2 to this power.
 _SUM_BITS: Final = 62
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Values that forms are linear in: centred bounds a channel, and the dimensions between batch and channels."""
+    """Values [N, *grid, channels] that forms are linear in, with centred bounds of each channel."""
 
     name: str
     lo: IntArray
     hi: IntArray
-    grid: Offset
+    grid: Place
 
     @property
     def reach(self) -> IntArray:
         """The largest magnitude of each channel."""
         return np.maximum(np.abs(self.lo), np.abs(self.hi))
 
-    @property
-    def positions(self) -> int:
-        """Elements of a channel in one sample."""
-        return math.prod(self.grid)
+    def count(self, axes: Axes) -> int:
+        """Elements along these axes of the grid."""
+        return math.prod(self.grid[a] for a in axes)
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
     """The part of a form that comes from one source, as weights [channels, source channels].
 
-    `taps` has the weights of the elements at offsets from the position in the source, `total` those of the sum over all
-    positions. Where `is_padded`, taps may lie outside the source, and count 0 there.
+    `taps` has the weights of elements at offsets from the position in the source, `sums` those of sums along axes of
+    its grid, at the same place along the others. Where `is_padded`, taps may lie outside the source, and count 0 there.
     """
 
-    taps: Mapping[Offset, IntArray]
-    total: IntArray | None = None
+    taps: Mapping[Place, IntArray]
+    sums: Mapping[Axes, IntArray]
     is_padded: bool = False
 
-    def arrays(self) -> Iterable[IntArray]:
+    def arrays(self) -> Iterator[IntArray]:
         """Every array of weights."""
         yield from self.taps.values()
-        if self.total is not None:
-            yield self.total
+        yield from self.sums.values()
 
     def map(self, change: Callable[[IntArray], IntArray]) -> Linear:
         """All weights changed alike."""
         taps = {place: change(weights) for place, weights in self.taps.items()}
-        return replace(self, taps=taps, total=None if self.total is None else change(self.total))
+        return Linear(taps, {axes: change(weights) for axes, weights in self.sums.items()}, self.is_padded)
 
-    def plus(self, other: Linear, sign: int) -> Linear:
-        """The sum or the difference of both."""
-        taps = dict(self.taps)
-        for place, weights in other.taps.items():
-            taps[place] = taps[place] + sign * weights if place in taps else sign * weights
-        totals = [t for t in (self.total, None if other.total is None else sign * other.total) if t is not None]
-        return Linear(taps, _sum(totals) if totals else None, self.is_padded or other.is_padded)
+    def plus(self, other: Linear) -> Linear:
+        """The sum of both."""
+        return Linear(_merged(self.taps, other.taps), _merged(self.sums, other.sums), self.is_padded or other.is_padded)
+
+    def counted(self, source: Source) -> Iterator[tuple[IntArray, int]]:
+        """Every array of weights and how many elements it stands for."""
+        yield from ((weights, 1) for weights in self.taps.values())
+        yield from ((weights, source.count(axes)) for axes, weights in self.sums.items())
 
     def ends(self, source: Source) -> tuple[ExactArray, ExactArray]:
-        """The least and the greatest value of each channel, in units of the weights, as Python ints."""
-        largest = _largest(self.arrays())
-        elements = len(self.taps) + (source.positions if self.total is not None else 0)
-        reach = int(source.reach.max(initial=0)) * max(len(source.lo), 1) * max(elements, 1)
-        is_wide = (2 * largest * reach).bit_length() > _SUM_BITS
-        lo, hi = (e.astype(object) if is_wide else e for e in (source.lo, source.hi))
+        """The least and the greatest value of each channel, in units of the weights, as Python ints.
 
-        def span(weights: Any, part: Callable[[Any], Any] = lambda e: e) -> tuple[Any, Any]:
-            positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
-            return part(positive * lo + negative * hi), part(positive * hi + negative * lo)
+        Taps on elements that the largest sum counts too are taken together with them; other sums by themselves.
+        """
+        elements = max(sum(times for _, times in self.counted(source)), 1)
+        largest = 2 * _largest(self.arrays()) * int(source.reach.max(initial=0)) * max(len(source.lo), 1)
+        is_wide = (largest * elements).bit_length() > _SUM_BITS
+        bounds = tuple(e.astype(object) if is_wide else e for e in (source.lo, source.hi))
+        axes = max(self.sums, key=source.count, default=None) if not self.is_padded else None
+        found: list[tuple[Any, Any]] = []
+        shared = 0
+        for place, weights in self.taps.items():
+            if axes is not None and not any(p for a, p in enumerate(place) if a not in axes):
+                found.append(_span(weights + self.sums[axes], bounds))
+                shared += 1
+            else:
+                least, most = _span(weights, bounds)
+                found.append((np.minimum(least, 0), np.maximum(most, 0)) if self.is_padded else (least, most))
+        for key, weights in self.sums.items():
+            least, most = _span(weights, bounds)
+            times = source.count(key) - (shared if key == axes else 0)
+            found.append((least * times, most * times))
+        low, high = (sum((exact(np.sum(pair[i], axis=1)) for pair in found), exact(0)) for i in (0, 1))
+        return exact(low), exact(high)
 
-        total = self.total if self.total is not None else np.zeros((1, 1), np.int64)
-        inside = not self.is_padded
-        apart = 0 if self.total is None else source.positions - (len(self.taps) if inside else 0)
-        low, high = (apart * e for e in span(total))
-        for weights in self.taps.values():
-            least, most = span(weights + total if inside else weights)
-            if not inside:
-                least, most = np.minimum(least, 0), np.maximum(most, 0)
-            low, high = low + least, high + most
-        return exact(np.sum(low, axis=1)), exact(np.sum(high, axis=1))
+
+Terms = Mapping[tuple[Source, Place], Linear]
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """Centred values of shape [N, *grid, channels]: the sum of `terms` and an offset within [lo, hi] of each channel.
+    """Centred values [N, *grid, channels]: the sum of `terms` and an offset within [lo, hi] of each channel.
 
-    Weights and offsets are in units of 2**-scale. A term's strides are what a step along the grid is in its source;
-    None where both have their elements in the same order, whatever the grids.
+    Weights and offsets are in units of 2**-scale; strides of a term are what a step along the grid is in its source. A
+    tensor may show the values in another arrangement: `dims` says for each of its dimensions behind the batch which of
+    the axes of [*grid, channels] run along it, the outermost first; axes of size 1 may be missing.
     """
 
-    grid: Offset
-    terms: Mapping[tuple[Source, Strides], Linear]
+    grid: Place
+    dims: tuple[Place, ...]
+    terms: Terms
     lo: ExactArray
     hi: ExactArray
     scale: int = 0
@@ -128,12 +134,13 @@ class Form:
     @staticmethod
     def of(source: Source) -> Form | None:
         """The values of a source; None where there are too many channels."""
-        channels = len(source.lo)
+        channels, rank = len(source.lo), len(source.grid)
         if channels * channels > _MOST_WEIGHTS:
             return None
-        key, place = _key(source, source.grid)
         zeros = exact(np.zeros(channels, np.int64))
-        return Form(source.grid, {key: Linear({place: np.eye(channels, dtype=np.int64)})}, zeros, zeros)
+        linear = Linear({(0,) * rank: np.eye(channels, dtype=np.int64)}, {})
+        dims = tuple((axis,) for axis in range(rank + 1))
+        return Form(source.grid, dims, {(source, (1,) * rank): linear}, zeros, zeros)
 
     @property
     def channels(self) -> int:
@@ -141,35 +148,73 @@ class Form:
         return len(self.lo)
 
     @property
+    def sizes(self) -> Place:
+        """The sizes of the axes, channels last."""
+        return (*self.grid, self.channels)
+
+    @property
+    def has_last_channels(self) -> bool:
+        """Whether the last dimension of the tensor is that of the channels."""
+        return bool(self.dims) and self.dims[-1] == (len(self.grid),)
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the tensor shows the axes as they are."""
+        return self.dims == tuple((axis,) for axis in range(len(self.grid) + 1))
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """What the values depend on, each once."""
         return tuple(dict.fromkeys(source for source, _ in self.terms))
 
     def bounds(self) -> Bounds:
-        """Exact bounds of each channel, rounded inward to integers."""
+        """Exact bounds, rounded inward to integers: of each channel where these come last, else of the whole."""
         lo, hi = self.lo, self.hi
         for (source, _), linear in self.terms.items():
             low, high = linear.ends(source)
             lo, hi = lo + low, hi + high
-        return Bounds.of(-_floor(-lo, self.scale), _floor(hi, self.scale))
+        found = Bounds.of(-_floor(-lo, self.scale), _floor(hi, self.scale))
+        return found if self.has_last_channels else found.flat()
+
+    def along(self, values: npt.ArrayLike) -> ExactArray | None:
+        """A value for all, or one for each index of the last dimension, as one for each channel; None: it is not."""
+        given = exact(values)
+        if given.ndim and not (self.has_last_channels and given.size in (1, self.channels)):
+            return None
+        return exact(np.broadcast_to(given, (self.channels,)))
 
     def shifted(self, lo: npt.ArrayLike, hi: npt.ArrayLike) -> Form:
-        """The form plus something within [lo, hi], integers or one a channel."""
-        low, high = _floor(exact(lo), -self.scale), -_floor(-exact(hi), -self.scale)
-        return replace(self, lo=exact(self.lo + low), hi=exact(self.hi + high))
+        """The form plus something within [lo, hi]: integers, for all or for each index of the last dimension."""
+        low, high = self.along(lo), self.along(hi)
+        low = exact(np.full(self.channels, np.min(exact(lo)))) if low is None else low
+        high = exact(np.full(self.channels, np.max(exact(hi)))) if high is None else high
+        return replace(self, lo=self.lo + _floor(low, -self.scale), hi=self.hi - _floor(-high, -self.scale))
 
-    def plus(self, other: Form, sign: int = 1) -> Form | None:
-        """The sum or the difference; what has one channel or one position meets all of the other's."""
-        channels, grid = max(self.channels, other.channels), max(self.grid, other.grid, key=math.prod)
-        left, right = self.spread(channels, grid), other.spread(channels, grid)
+    def negative(self) -> Form:
+        """The values with the other sign."""
+        terms = {key: linear.map(np.negative) for key, linear in self.terms.items()}
+        return replace(self, terms=terms, lo=-self.hi, hi=-self.lo)
+
+    def plus(self, other: Form) -> Form | None:
+        """The sum; what has one channel, or one position along an axis, meets all of the other's.
+
+        None where dimensions of both do not show the same axes.
+        """
+        if len(self.dims) != len(other.dims) or len(self.grid) != len(other.grid):
+            return None
+        if any(a and b and a != b for a, b in zip(self.dims, other.dims, strict=True)):
+            return None
+        dims = tuple(a or b for a, b in zip(self.dims, other.dims, strict=True))
+        sizes = tuple(map(max, self.sizes, other.sizes))
+        left, right = self._spread(sizes, dims), other._spread(sizes, dims)
         if left is None or right is None:
             return None
-        left, right = left._aligned(right), right._aligned(left)
+        scale = _common_scale([left, right])
+        left, right = left._at(scale), right._at(scale)
         terms = dict(left.terms)
         for key, linear in right.terms.items():
-            terms[key] = terms[key].plus(linear, sign) if key in terms else linear.map(lambda w: sign * w)
-        ends = (right.lo, right.hi) if sign > 0 else (-right.hi, -right.lo)
-        return Form(grid, terms, left.lo + ends[0], left.hi + ends[1], left.scale)._within_limits()
+            terms[key] = terms[key].plus(linear) if key in terms else linear
+        return Form(left.grid, dims, terms, left.lo + right.lo, left.hi + right.hi, scale)._within_limits()
 
     def rows(self, index: npt.ArrayLike) -> Form:
         """Some channels, in the order of `index`."""
@@ -177,85 +222,93 @@ class Form:
         terms = {key: linear.map(lambda w: w[picked]) for key, linear in self.terms.items()}
         return replace(self, terms=terms, lo=self.lo[picked], hi=self.hi[picked])
 
-    def regrid(self, grid: Offset) -> Form | None:
-        """The same elements in the same order under other dimensions; None where neighbours would be lost."""
-        terms: dict[tuple[Source, Strides], Linear] = {}
-        for (source, strides), linear in self.terms.items():
-            if linear.taps and not _is_pointwise(strides, linear):
-                return None
-            key, place = _key(source, grid)
-            moved = replace(linear, taps=dict(zip([place], linear.taps.values(), strict=False)))
-            terms[key] = terms[key].plus(moved, 1) if key in terms else moved
-        return replace(self, grid=grid, terms=terms)
+    def transposed(self, perm: Sequence[int]) -> Form | None:
+        """Dimensions in another order, the batch first of all."""
+        return replace(self, dims=tuple(self.dims[p - 1] for p in perm[1:])) if perm and perm[0] == 0 else None
 
-    def summed(self) -> Form | None:
-        """The sum over all positions, of shape [N, channels]; None where elements of the source count unequally."""
-        count = math.prod(self.grid)
-        terms: dict[tuple[Source, Strides], Linear] = {}
-        for (source, strides), linear in self.terms.items():
-            if linear.taps and not (_is_pointwise(strides, linear) and count == source.positions):
+    def reshaped(self, sizes: Sequence[int]) -> Form | None:
+        """The same elements in the same order in dimensions of these sizes; None where these cut axes apart."""
+        axes = [axis for group in self.dims for axis in group if self.sizes[axis] != 1]
+        dims: list[Place] = []
+        for size in sizes:
+            group: list[int] = []
+            while axes and math.prod(self.sizes[a] for a in (*group, axes[0])) <= size:
+                group.append(axes.pop(0))
+            if math.prod(self.sizes[a] for a in group) != size:
                 return None
-            parts = [*linear.taps.values(), *([linear.total * count] if linear.total is not None else [])]
-            total = Linear({}, _sum(parts))
-            key: tuple[Source, Strides] = (source, None)
-            terms[key] = terms[key].plus(total, 1) if key in terms else total
-        return Form((), terms, self.lo * count, self.hi * count, self.scale)._within_limits()
+            dims.append(tuple(group))
+        if axes:
+            return None
+        straight: list[Place] = [(axis,) for axis in range(len(self.sizes))]
+        if dims == [() if self.sizes[axis] == 1 else (axis,) for axis in range(len(straight))]:
+            dims = straight
+        return replace(self, dims=tuple(dims))
 
-    def summed_channels(self) -> Form | None:
-        """The sum over the channels, which becomes the only one."""
-        terms = {k: linear.map(lambda w: w.sum(axis=0, keepdims=True)) for k, linear in self.terms.items()}
-        lo, hi = (exact(np.array([sum(e)], object)) for e in (self.lo, self.hi))
-        return replace(self, terms=terms, lo=lo, hi=hi)._within_limits()
+    def summed(self, dims: Iterable[int], keepdims: bool) -> Form | None:
+        """The sum along dimensions, counted from the batch; None where elements of a source count unequally."""
+        places = {d - 1 for d in dims}
+        axes = {axis for place in places for axis in self.dims[place] if self.sizes[axis] != 1}
+        channel = len(self.grid)
+        along = frozenset(axes - {channel})
+        terms: dict[tuple[Source, Place], Linear] = {}
+        for (source, strides), linear in self.terms.items():
+            if along and linear.taps and not (_is_pointwise(strides, linear) and self._follows(source, along)):
+                return None
+            taps = {} if along else dict(linear.taps)
+            sums = dict(zip([along], linear.taps.values(), strict=False)) if along else {}
+            for key, weights in linear.sums.items():
+                if not self._follows(source, along - key):
+                    return None
+                times = math.prod(self.grid[a] for a in along & key)
+                sums = _merged(sums, {key | along: weights * times})
+            terms[source, strides] = Linear(taps, sums, linear.is_padded)
+        times = math.prod(self.grid[a] for a in along)
+        grid = tuple(1 if a in along else size for a, size in enumerate(self.grid))
+        found = Form(grid, self.dims, terms, self.lo * times, self.hi * times, self.scale)
+        if channel in axes:
+            summed = {key: linear.map(lambda w: w.sum(axis=0, keepdims=True)) for key, linear in terms.items()}
+            lo, hi = (exact([sum(e)]) for e in (found.lo, found.hi))
+            found = replace(found, terms=summed, lo=lo, hi=hi)
+        left = [() if i in places else group for i, group in enumerate(self.dims) if keepdims or i not in places]
+        return replace(found, dims=tuple(left))._within_limits()
 
     def convolved(
-        self, kernel: Mapping[Offset, IntArray], strides: Offset, grid: Offset, *, is_padded: bool
+        self, kernel: Mapping[Place, IntArray], strides: Place, grid: Place, *, is_padded: bool
     ) -> Form | None:
         """The sums of weights [outputs, channels] times the form at offsets from the position times the strides.
 
         None where padding would cut off what is no plain multiple of a source, or where weights are too many.
         """
         is_pointwise = not is_padded and all(s == 1 for s in strides) and not any(any(place) for place in kernel)
-        if is_padded and not self.is_plain:
+        if (
+            not self.has_last_channels
+            or (not is_pointwise and not self.is_straight)
+            or (is_padded and not self.is_plain)
+        ):
             return None
-        terms: dict[tuple[Source, Strides], Linear] = {}
+        terms: dict[tuple[Source, Place], Linear] = {}
         for (source, inner), linear in self.terms.items():
-            if not _affordable(kernel, linear) or (linear.taps and inner is None and not is_pointwise):
+            whole = frozenset(range(len(source.grid)))
+            if not _affordable(kernel, linear) or (not is_pointwise and any(key != whole for key in linear.sums)):
                 return None
-            taps: dict[Offset, IntArray] = {}
+            taps: dict[Place, IntArray] = {}
+            sums: dict[Axes, IntArray] = {}
             for outer, weights in kernel.items():
                 for place, below in linear.taps.items():
-                    moved = place
-                    if inner is not None:
-                        moved = tuple(o * s + p for o, s, p in zip(outer, inner, place, strict=True))
-                    product = _product(weights, below)
-                    taps[moved] = taps[moved] + product if moved in taps else product
-            total = None
-            if linear.total is not None:
-                total = _sum([_product(weights, linear.total) for weights in kernel.values()])
-            steps = None if inner is None else tuple(a * b for a, b in zip(strides, inner, strict=True))
-            terms[source, steps] = Linear(taps, total, linear.is_padded or is_padded)
+                    moved = (
+                        tuple(o * s + p for o, s, p in zip(outer, inner, place, strict=True)) if any(outer) else place
+                    )
+                    taps = _merged(taps, {moved: _product(weights, below)})
+                for key, below in linear.sums.items():
+                    sums = _merged(sums, {key: _product(weights, below)})
+            steps = inner if is_pointwise else tuple(a * b for a, b in zip(strides, inner, strict=True))
+            terms[source, steps] = Linear(taps, sums, linear.is_padded or is_padded)
         wide = exact(np.stack(list(kernel.values())))
         positive, negative = np.maximum(wide, 0), np.minimum(wide, 0)
         lo = (positive * self.lo + negative * self.hi).sum(axis=(0, 2))
         hi = (positive * self.hi + negative * self.lo).sum(axis=(0, 2))
-        return Form(grid, terms, exact(lo), exact(hi), self.scale)._within_limits()
-
-    def times(self, lo: ExactArray, hi: ExactArray, reach: ExactArray) -> Form | None:
-        """The product with something else within [lo, hi] of each channel; `reach` is the form's largest magnitude.
-
-        The product with the middle of that interval, off by what half its width makes of the largest magnitude.
-        """
-        double, width = lo + hi, hi - lo
-        by = [abs(int(d)).bit_length() for d in double]
-        if max(by, default=0) + _WEIGHT_BITS > _SUM_BITS:
-            return None
-        form = self._rounded(_WEIGHT_BITS)
-        factor = double.astype(np.int64)[:, None]
-        terms = {key: linear.map(lambda w: w * factor) for key, linear in form.terms.items()}
-        ends = np.minimum(form.lo * double, form.hi * double), np.maximum(form.lo * double, form.hi * double)
-        product = Form(form.grid, terms, exact(ends[0]), exact(ends[1]), form.scale + 1)
-        margin = -_floor(-width * reach, 1)
-        return product.shifted(-margin, margin)._within_limits()
+        found = Form(self.grid if is_pointwise else grid, self.dims, terms, exact(lo), exact(hi), self.scale)
+        return found._within_limits()
 
     def scaled(self, factors: Sequence[Fraction], error: tuple[Sequence[Fraction], Sequence[Fraction]]) -> Form | None:
         """Each channel times a dyadic factor of its own, plus something within an interval: a rounded product.
@@ -263,10 +316,10 @@ class Form:
         None where the factors have more bits than int64 products of them with weights can hold.
         """
         mantissas, exponents = zip(*map(_mantissa, factors), strict=True)
-        by = np.array(mantissas, np.int64)[:, None]
-        form = self._rounded(_WEIGHT_BITS)
-        if int(by.max(initial=0)).bit_length() + _WEIGHT_BITS > _SUM_BITS:
+        if max(mantissas).bit_length() + _WEIGHT_BITS > _SUM_BITS:
             return None
+        by = np.array(mantissas, np.int64)[:, None]
+        form = self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
         largest = exact(np.zeros(self.channels, np.int64))
         for linear in form.terms.values():
             for weights in linear.arrays():
@@ -274,47 +327,63 @@ class Form:
         points = [form.scale - e for e in exponents]  # binary points of the products, channel by channel
         scale = min(p - max(int(m).bit_length() - _WEIGHT_BITS, 0) for p, m in zip(points, largest, strict=True))
         drop = exact([p - scale for p in points])
-        terms, lost = {}, exact(np.zeros(self.channels, np.int64))
-        for (source, strides), linear in form.terms.items():
-            terms[source, strides], missing = _dropped(linear.map(lambda w: w * by), source, drop)
-            lost = lost + missing
+        products = replace(form, terms={key: linear.map(lambda w: w * by) for key, linear in form.terms.items()})
+        terms, lost = products._dropped(drop)
         lo, hi = (
             exact([_floor(int(e) * m, int(d)) for e, m, d in zip(part, mantissas, drop, strict=True)])
             for part in (form.lo, -form.hi)
         )
         unit = Fraction(2) ** scale
         below, above = (exact([math.floor(e * unit) for e in part]) for part in (error[0], [-e for e in error[1]]))
-        return Form(self.grid, terms, lo - lost + below, -(hi - lost + above), scale)
+        return replace(self, terms=terms, lo=lo - lost + below, hi=-(hi - lost + above), scale=scale)
+
+    def times(self, lo: ExactArray, hi: ExactArray, reach: ExactArray) -> Form | None:
+        """The product with something else within [lo, hi] of each channel; `reach` is the form's largest magnitude.
+
+        The product with the middle of that interval, off by what half its width makes of the largest magnitude.
+        """
+        double, width = lo + hi, hi - lo
+        if max((abs(int(d)).bit_length() for d in double), default=0) + _WEIGHT_BITS > _SUM_BITS:
+            return None
+        form = self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
+        by = double.astype(np.int64)[:, None]
+        terms = {key: linear.map(lambda w: w * by) for key, linear in form.terms.items()}
+        ends = np.minimum(form.lo * double, form.hi * double), np.maximum(form.lo * double, form.hi * double)
+        margin = -_floor(-width * reach, -form.scale)
+        low, high = exact(ends[0]) - margin, exact(ends[1]) + margin
+        return replace(form, terms=terms, lo=low, hi=high, scale=form.scale + 1)._within_limits()
 
     @property
     def is_plain(self) -> bool:
         """Whether each element is but a multiple of one of a source, so that 0 there is 0 here."""
         if len(self.terms) != 1 or np.any(self.lo) or np.any(self.hi):
             return False
-        ((_, strides), linear) = next(iter(self.terms.items()))
-        return linear.total is None and _is_pointwise(strides, linear)
+        (((_, strides), linear),) = self.terms.items()
+        return not linear.sums and _is_pointwise(strides, linear)
 
-    def spread(self, channels: int, grid: Offset) -> Form | None:
+    def _follows(self, source: Source, axes: Axes) -> bool:
+        """Whether each position along these axes is one of the source."""
+        return all(self.grid[a] == source.grid[a] for a in axes)
+
+    def _spread(self, sizes: Place, dims: tuple[Place, ...]) -> Form | None:
         """The form on more channels and positions where it has one of either; None where it does not broadcast."""
-        if self.channels not in (1, channels):
+        *grid, channels = sizes
+        if self.channels not in (1, channels) or any(a not in (1, b) for a, b in zip(self.grid, grid, strict=True)):
             return None
         form = self if self.channels == channels else self.rows(np.zeros(channels, np.int64))
-        if form.grid == grid:
-            return form
-        if math.prod(form.grid) != 1:
-            return None
-        terms: dict[tuple[Source, Strides], Linear] = {}
-        for (source, _), linear in form.terms.items():
-            if linear.taps and (source.positions != 1 or len(linear.taps) > 1 or linear.is_padded):
-                return None
-            whole = Linear({}, _sum(list(linear.arrays())))  # the one element is the sum over all
-            key, _ = _key(source, grid)
-            terms[key] = terms[key].plus(whole, 1) if key in terms else whole
-        return replace(form, grid=grid, terms=terms)
-
-    def _aligned(self, other: Form) -> Form:
-        """In the finer units of both where that keeps weights small, else in the coarser ones."""
-        return self._at(_common_scale([self, other]))
+        wider = frozenset(a for a, size in enumerate(grid) if size != self.grid[a])
+        terms: dict[tuple[Source, Place], Linear] = {}
+        for key, linear in form.terms.items():
+            is_one = all(key[0].grid[a] == 1 for a in wider)
+            if not is_one and (linear.taps or any(not wider <= axes for axes in linear.sums)):
+                return None  # elements along those axes differ, and the one that was meant is not known
+            terms[key] = linear
+            if wider and linear.taps:  # the one element along them is the sum of all
+                if not _is_pointwise(key[1], linear):
+                    return None
+                whole = dict(zip([wider], linear.taps.values(), strict=True))
+                terms[key] = Linear({}, _merged(linear.sums, whole))
+        return replace(form, grid=tuple(grid), dims=dims, terms=terms)
 
     def _bits(self) -> int:
         return _largest(w for linear in self.terms.values() for w in linear.arrays()).bit_length()
@@ -324,62 +393,65 @@ class Form:
         up = scale - self.scale
         if up >= 0:
             terms = {key: linear.map(lambda w: w << up) for key, linear in self.terms.items()}
-            return Form(self.grid, terms, self.lo * (1 << up), self.hi * (1 << up), scale)
-        drop, terms, lost = exact([-up] * self.channels), {}, exact(np.zeros(self.channels, np.int64))
-        for (source, strides), linear in self.terms.items():
-            terms[source, strides], missing = _dropped(linear, source, drop)
-            lost = lost + missing
-        lo, hi = _floor(self.lo, -up) - lost, -_floor(-self.hi, -up) + lost
-        return Form(self.grid, terms, lo, hi, scale)
+            return replace(self, terms=terms, lo=self.lo * (1 << up), hi=self.hi * (1 << up), scale=scale)
+        terms, lost = self._dropped(exact([-up] * self.channels))
+        return replace(self, terms=terms, lo=_floor(self.lo, -up) - lost, hi=-_floor(-self.hi, -up) + lost, scale=scale)
 
-    def _rounded(self, bits: int) -> Form:
-        """With weights of so many bits at most."""
-        return self._at(self.scale - max(self._bits() - bits, 0))
+    def _dropped(self, drop: ExactArray) -> tuple[dict[tuple[Source, Place], Linear], ExactArray]:
+        """The terms with `drop` bits of each channel rounded away, and by how many of the new units sums may be off."""
+        bits = np.minimum(drop, _SUM_BITS).astype(np.int64)[:, None]
+        half = np.where(bits > 0, np.int64(1) << np.maximum(bits - 1, 0), 0)
+        halves = exact(np.zeros(self.channels, np.int64))
+
+        def rounded(weights: IntArray) -> IntArray:
+            return np.asarray((weights + half) >> bits)
+
+        for (source, _), linear in self.terms.items():
+            reach = exact(source.reach)
+            for weights, times in linear.counted(source):
+                is_whole = (weights & ((np.int64(1) << bits) - 1)) == 0
+                halves = halves + (exact((~is_whole).astype(np.int64)) @ reach) * times
+        return {key: linear.map(rounded) for key, linear in self.terms.items()}, exact((halves + 1) // 2)
 
     def _within_limits(self) -> Form | None:
         """The form with rounded weights, or None where there are too many of them."""
         if sum(w.size for linear in self.terms.values() for w in linear.arrays()) > _MOST_WEIGHTS:
             return None
-        return self._rounded(_WEIGHT_BITS)
+        return self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
 
 
 def stacked(forms: Sequence[Form]) -> Form | None:
-    """Forms of one grid side by side along the channels."""
-    scale, channels = _common_scale(forms), sum(f.channels for f in forms)
-    terms: dict[tuple[Source, Strides], Linear] = {}
-    first = 0
+    """Forms side by side along the channels; None where these are not the last dimension of each."""
+    first, scale, channels = forms[0], _common_scale(forms), sum(f.channels for f in forms)
+    if any(f.grid != first.grid or f.dims != first.dims or not f.has_last_channels for f in forms):
+        return None
+    terms: dict[tuple[Source, Place], Linear] = {}
     aligned = [f._at(scale) for f in forms]
-    for form in aligned:
-        rows = slice(first, first + form.channels)
-
-        def placed(weights: IntArray, rows: slice = rows) -> IntArray:
-            whole = np.zeros((channels, weights.shape[1]), np.int64)
-            whole[rows] = weights
-            return whole
-
+    starts = np.cumsum([0, *(f.channels for f in forms)])
+    for form, start in zip(aligned, starts[:-1], strict=True):
+        rows = (int(start), channels - int(start) - form.channels)
         for key, linear in form.terms.items():
-            part = linear.map(placed)
-            terms[key] = terms[key].plus(part, 1) if key in terms else part
-        first += form.channels
+            part = linear.map(lambda w, rows=rows: np.pad(w, (rows, (0, 0))))  # type: ignore[misc]
+            terms[key] = terms[key].plus(part) if key in terms else part
     lo, hi = (exact(np.concatenate([getattr(f, name) for f in aligned])) for name in ("lo", "hi"))
-    return Form(forms[0].grid, terms, lo, hi, scale)._within_limits()
+    return Form(first.grid, first.dims, terms, lo, hi, scale)._within_limits()
 
 
-def _key(source: Source, grid: Offset) -> tuple[tuple[Source, Strides], Offset]:
-    """The key and the tap of a source's own elements on a grid."""
-    if grid == source.grid:
-        return (source, (1,) * len(grid)), (0,) * len(grid)
-    return (source, None), ()
+def _merged(left: Mapping[Any, IntArray], right: Mapping[Any, IntArray]) -> dict[Any, IntArray]:
+    """Arrays of both, added where both have one."""
+    return {**left, **{key: left[key] + weights if key in left else weights for key, weights in right.items()}}
 
 
-def _is_pointwise(strides: Strides, linear: Linear) -> bool:
+def _span(weights: Any, bounds: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The least and the greatest products with values within the bounds."""
+    positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
+    return positive * bounds[0] + negative * bounds[1], positive * bounds[1] + negative * bounds[0]
+
+
+def _is_pointwise(strides: Place, linear: Linear) -> bool:
     """Whether each position takes the element at the same place, and no other."""
-    here = strides is None or (all(s == 1 for s in strides) and all(not any(place) for place in linear.taps))
+    here = all(s == 1 for s in strides) and not any(any(place) for place in linear.taps)
     return here and len(linear.taps) == 1 and not linear.is_padded
-
-
-def _sum(arrays: Sequence[IntArray]) -> IntArray:
-    return functools.reduce(np.add, arrays)
 
 
 def _largest(arrays: Iterable[IntArray]) -> int:
@@ -394,7 +466,7 @@ def _common_scale(forms: Sequence[Form]) -> int:
     return finest if is_small else min(f.scale for f in forms)
 
 
-def _affordable(kernel: Mapping[Offset, IntArray], linear: Linear) -> bool:
+def _affordable(kernel: Mapping[Place, IntArray], linear: Linear) -> bool:
     """Whether products of both are few enough, and their sums stay within int64."""
     outputs, channels = next(iter(kernel.values())).shape
     reach = _largest(kernel.values()) * _largest(linear.arrays()) * len(kernel) * channels
@@ -417,24 +489,6 @@ def _mantissa(factor: Fraction) -> tuple[int, int]:
     power = factor.denominator.bit_length() - 1
     zeros = (factor.numerator & -factor.numerator).bit_length() - 1 if factor else 0
     return factor.numerator >> zeros, zeros - power
-
-
-def _dropped(linear: Linear, source: Source, drop: ExactArray) -> tuple[Linear, ExactArray]:
-    """Weights with `drop` bits of each channel rounded away, and by how many of the new units sums may be off."""
-    bits = np.minimum(drop, _SUM_BITS).astype(np.int64)[:, None]
-    half = np.where(bits > 0, np.int64(1) << np.maximum(bits - 1, 0), 0)
-    lost = exact(np.zeros(len(drop), np.int64))
-    reach = exact(source.reach)
-
-    def rounded(weights: IntArray) -> IntArray:
-        return np.asarray((weights + half) >> bits)
-
-    counted = [(weights, 1) for weights in linear.taps.values()]
-    counted += [(linear.total, source.positions)] if linear.total is not None else []
-    for weights, times in counted:
-        changed = (rounded(weights) << bits) != weights if int(bits.max(initial=0)) < _SUM_BITS else weights != 0
-        lost = lost + (exact(changed.astype(np.int64)) @ reach) * times
-    return linear.map(rounded), exact(-((-lost) // 2))
 
 
 def _floor(value: Any, scale: int) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from qir.affine import Form, Source
 from qir.fixed_point import Overflow, kept_bounds
-from qir.interval import Bounds, Interval, exact
+from qir.interval import Bounds, Interval
 from qir.ir import Op, OpBounds, Value
 from qir.ops.accumulate import STEPWISE, Accumulating, centered
 from qir.ops.constant import Const
@@ -36,37 +36,31 @@ class Correlations:
         """The bounds of an op with what the forms of its operands add; `bounds` holds those of the operands."""
         if isinstance(op, Const) or op.is_float or len(op.results) != 1 or not op.result.type.sample_size:
             return step
-        operands = [self._operand(v, bounds, op.result.type.rank) for v in op.operands]
         given = [bounds[v] for v in op.operands if v in bounds]
-        if not all(operands) or len(given) != len(operands):
+        operands = [self._operand(v, bounds) for v in op.operands]
+        if len(given) != len(operands) or not any(operands):
             return step
-        forms = [form for form in operands if form is not None]
-        form = op.affine(forms, given)
-        if form is None or not form.terms:
+        form = op.affine(operands, given)
+        if form is None:
             return step
         if isinstance(op, Accumulating):
-            found, kept = _accumulated(op, forms, given, step, form)
+            found, kept = _accumulated(op, operands, given, step, form)
         else:
             found, kept = _narrowed(op, step, form)
         if kept is not None:
             self._forms[op.result] = kept
         return replace(found, sources=tuple(s.name for s in form.sources)) if _is_tighter(found, step) else found
 
-    def _operand(self, value: Value, bounds: Mapping[Value, Bounds], rank: int) -> Form | None:
-        """What is known of an operand: its form, itself as a source, or an offset where it is constant."""
-        shape = value.type.shape
-        if value in self._forms or value not in bounds:
+    def _operand(self, value: Value, bounds: Mapping[Value, Bounds]) -> Form | None:
+        """What is known of an operand: its form, or itself as a source; None for constants and what is too wide."""
+        if value in self._forms or value not in bounds or bounds[value].data is not None:
             return self._forms.get(value)
-        found = centered(value.type, bounds[value])
-        channels = int(shape[-1]) if shape else 1
-        if bounds[value].data is not None:
-            grid = (1,) * max(rank - 1 - len(shape), 0) + tuple(int(d) for d in shape[-rank:][1:-1] if len(shape) > 1)
-            lo, hi = (np.broadcast_to(e, (channels,)) for e in (found.lo, found.hi))
-            return Form(grid[-max(rank - 2, 0) :] if rank > 2 else (), {}, exact(lo), exact(hi))
+        shape, found = value.type.shape, centered(value.type, bounds[value])
         hull = found.hull
-        if len(shape) < 2 or not channels or max(abs(int(hull.lo)), abs(int(hull.hi))).bit_length() > _SOURCE_BITS:
+        is_wide = max(abs(int(hull.lo)), abs(int(hull.hi))).bit_length() > _SOURCE_BITS
+        if len(shape) < 2 or not value.type.sample_size or is_wide:
             return None
-        lo, hi = (np.broadcast_to(e, (channels,)).astype(np.int64) for e in (found.lo, found.hi))
+        lo, hi = (np.broadcast_to(e, (int(shape[-1]),)).astype(np.int64) for e in (found.lo, found.hi))
         form = Form.of(Source(value.name, lo, hi, tuple(int(d) for d in shape[1:-1])))
         if form is not None:
             self._forms[value] = form
@@ -96,7 +90,7 @@ def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None
 
 
 def _accumulated(
-    op: Accumulating, forms: Sequence[Form], bounds: Sequence[Bounds], step: OpBounds, form: Form
+    op: Accumulating, forms: Sequence[Form | None], bounds: Sequence[Bounds], step: OpBounds, form: Form
 ) -> tuple[OpBounds, Form | None]:
     """The bounds of an accumulator: those of its sums where no step changes any of them."""
     kept = Interval(*kept_bounds(op.accumulator.lo, op.accumulator.hi, op.overflow))

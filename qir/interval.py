@@ -116,7 +116,7 @@ class Bounds:
         if self.lo.ndim == 0:
             return Bounds(self.lo, self.hi, None, self.step)
         whole = self.hull
-        step = np.gcd.reduce([*self.steps.reshape(-1), *(self.lo.reshape(-1) - whole.lo)], initial=0)
+        step = np.gcd.reduce(exact([*self.steps.reshape(-1), *(self.lo.reshape(-1) - whole.lo)]), initial=0)
         return Bounds.of(whole.lo, whole.hi, step)
 
     def clamp(self, lo: int, hi: int) -> Bounds:
@@ -135,7 +135,7 @@ class Bounds:
 
     def intersect(self, other: Bounds) -> Bounds:
         """Channel by channel, what both hold, at the steps of `self`. Raises QirError where they are disjoint."""
-        low, high = np.maximum(self.lo, other.lo), np.minimum(self.hi, other.hi)
+        low, high = exact(np.maximum(self.lo, other.lo)), exact(np.minimum(self.hi, other.hi))
         steps = np.broadcast_to(self.steps, low.shape)
         low = low + (self.lo - low) % np.where(steps == 0, 1, steps)
         return Bounds.of(low, high, steps)

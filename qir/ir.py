@@ -156,7 +156,7 @@ class Op:
         """
         return (EVERYTHING,) * len(self.operands)
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The exact centred result, before it is narrowed, from the forms and bounds of the operands; None: unknown."""
         return None
 

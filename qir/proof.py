@@ -10,10 +10,13 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from qir.correlation import Correlations
 from qir.errors import Diagnostic, QirError
 from qir.fixed_point import Overflow, kept_bounds
-from qir.interval import Bounds, Interval
+from qir.interval import Bounds, Interval, bits_of_interval
 from qir.ir import Graph, Op, OpBounds, Value
 from qir.ops.constant import Const
 from qir.types import storage_of
@@ -58,10 +61,14 @@ def prove(graph: Graph, method: str = Method.INTERVAL) -> Proof:
     return known[kind]
 
 
+def claims_method(graph: Graph) -> Method:
+    """The method that what the graph states rests on: intervals where they support all of it, else affine forms."""
+    return Method.INTERVAL if next(false_claims(graph, prove(graph)), None) is None else Method.AFFINE
+
+
 def prove_claims(graph: Graph) -> Proof:
-    """The proof by intervals where it supports all that the graph states, else the one by affine forms."""
-    proof = prove(graph)
-    return proof if next(false_claims(graph, proof), None) is None else prove(graph, Method.AFFINE)
+    """The proof by the method that what the graph states rests on."""
+    return prove(graph, claims_method(graph))
 
 
 def _prove(graph: Graph, correlations: Correlations | None) -> Proof:
@@ -157,3 +164,24 @@ def false_claims(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
             yield Diagnostic(op.describe(), "claims overflow=none, which is not proved; use saturate or wrap")
         if getattr(op, "product_overflow", None) is Overflow.NONE and not is_product_idle(op, step):
             yield Diagnostic(op.describe(), "claims product_overflow=none, which is not proved; use saturate or wrap")
+        yield from _false_channel_bits(op, step)
+
+
+def _false_channel_bits(op: Op, step: OpBounds | None) -> Iterator[Diagnostic]:
+    """A finding where some channel's partial sums take more bits than are stated."""
+    stated = getattr(op, "channel_bits", None)
+    if stated is None:
+        return
+    proved = channel_bits(step)
+    if proved is None or np.any(proved > stated.data):
+        message = "states channel_bits that are not proved; leave them to minimize-accumulators"
+        yield Diagnostic(op.describe(), message)
+
+
+def channel_bits(step: OpBounds | None) -> npt.NDArray[np.int64] | None:
+    """The bits that hold the proved partial sums of each output channel of an accumulating op."""
+    if step is None or step.channel_partials is None:
+        return None
+    partials = step.channel_partials
+    ends = zip(np.atleast_1d(partials.lo), np.atleast_1d(partials.hi), strict=True)
+    return np.array([bits_of_interval(Interval(int(lo), int(hi))) for lo, hi in ends], np.int64)

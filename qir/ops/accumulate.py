@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.affine import Form
-from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_shift
+from qir.arrays import Array
+from qir.fixed_point import Overflow, RequantizeForm, Rounding, kept_bounds, narrow, round_shift, rounded_product
 from qir.interval import Bounds, Interval, exact, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.types import ElementType, IntegerType, TensorType, storage_of, zero_array
@@ -55,6 +57,8 @@ class Accumulating(Op):
     `product_overflow` before it is added, as L_mult of ITU-T G.191 does (`product_shift=1, product=s32`), and the sum
     then needs no rounding.
     `partial` is a proof: an interval that holds every partial sum in `order`, the initial 0 and the result included.
+    `channel_bits` claims, for each output channel or for all of them alike, the bits of a signed accumulator that holds
+    every partial sum of it.
     """
 
     stages = FIXED_ONLY
@@ -66,6 +70,7 @@ class Accumulating(Op):
     product_overflow: Overflow | None = None
     rounding: Rounding | None = None
     partial: Interval | None = None
+    channel_bits: Array | None = None
 
     def infer_elements(self) -> tuple[ElementType, ...]:
         """The result is the accumulator itself."""
@@ -81,12 +86,19 @@ class Accumulating(Op):
             yield f"products are shifted by at most {_WIDEST_SHIFT} bits either way"
         if (self.rounding is not None) != (self.shift < 0):
             yield "a rounding belongs to a negative product_shift, and only to it"
+        if self.channel_bits is not None and not self._are_widths(self.channel_bits.data):
+            yield "channel_bits are widths of 1 to 64 bits, one, or one for each output channel"
         if (self.product is None) != (self.product_overflow is None):
             yield "product and product_overflow belong together"
         if self.product is not None and self.product_overflow is not None:
             yield from narrowing_faults(self.product, self.product_overflow, "products")
             if not self.product.lo <= 0 <= self.product.hi:  # what padding adds must stay 0
                 yield f"products must be able to be 0, which {self.product} is not"
+
+    def _are_widths(self, bits: Tensor) -> bool:
+        counts = {1, *(d for d in self.result.type.shape[-1:] if isinstance(d, int))}
+        listed = bits.dtype.kind == "i" and bits.ndim == 1 and len(bits) in counts
+        return listed and bool(((bits > 0) & (bits <= 64)).all())
 
     @property
     def shift(self) -> int:
@@ -178,8 +190,11 @@ class Accumulating(Op):
         if self.order.channels_outside:  # each term is a tap of its own
             terms = terms.map(lambda e: e.transpose(0, 2, 1).reshape(len(e), -1, 1))
             valid = np.tile(valid, (1, terms.lo.shape[1] // valid.shape[1]))
-        lanes = terms.lanes(is_padded=not valid.all())
+        is_padded = not valid.all()
+        lanes = terms.lanes(is_padded=is_padded)
         entering, product = self.term_images(terms)
+        if product is not None and is_padded:
+            product = product.hull(Interval(0, 0))
         kept = Interval(*kept_bounds(self.accumulator.lo, self.accumulator.hi, self.overflow))
         found = None if self.dropped_bits else self._exact_sums(entering, valid, bias)
         if found is None or (self.overflow in STEPWISE and not kept.contains(found.partial.hull)):
@@ -193,20 +208,21 @@ class Accumulating(Op):
         """The sum as weights of neighbours, where they are constant."""
         return None
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The sum as no step narrows or rounds it."""
-        kernel = self.kernel(bounds)
-        return None if kernel is None else self._with_bias(kernel.of(operands[0]), bounds)
+        form, kernel = operands[0], self.kernel(bounds)
+        return None if kernel is None or form is None else self._with_bias(kernel.of(form), bounds)
 
-    def affine_partials(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Bounds | None:
+    def affine_partials(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Bounds | None:
         """Bounds a channel of every partial sum, from the form of an operand that is no source of its own."""
-        kernel = None if operands[0].is_plain else self.kernel(bounds)
-        if kernel is None or kernel.is_padded:
+        x = operands[0]
+        kernel = None if x is None or x.is_plain else self.kernel(bounds)
+        if x is None or kernel is None or kernel.is_padded:
             return None
         found = Bounds.of(np.zeros(kernel.outputs, np.int64), 0)
         if len(bounds) > 2 and self.order.bias_first:
             found = found.union(bounds[2])
-        for prefix in kernel.prefixes(operands[0], self.order):
+        for prefix in kernel.prefixes(x, self.order):
             form = self._with_bias(prefix, bounds, is_last=False)
             if form is None:
                 return None
@@ -214,13 +230,22 @@ class Accumulating(Op):
         last = self.affine(operands, bounds)  # where the bias comes last
         return None if last is None else found.union(last.bounds())
 
-    def _with_bias(self, form: Form | None, bounds: Sequence[Bounds], *, is_last: bool = True) -> Form | None:
-        """Shifted products plus the bias; before the last product only where the bias comes first."""
-        if form is None or self.shift < 0:
+    def entered(self, form: Form | None, count: int) -> Form | None:
+        """The sum of at most `count` products as they enter it: shifted, and rounded one by one or step by step."""
+        if form is None:
             return None
         form = replace(form, scale=form.scale - self.shift)
+        if self.shift >= 0:
+            return form
+        _, below, above = rounded_product(RequantizeForm.SHIFT, self.rounding, 1, self.shift, 0)
+        return form.shifted(math.floor(count * below), math.ceil(count * above))
+
+    def _with_bias(self, form: Form | None, bounds: Sequence[Bounds], *, is_last: bool = True) -> Form | None:
+        """What enters plus the bias; before the last product only where the bias comes first."""
+        count = self.macs() // max(self.result.type.sample_size, 1)
+        form = self.entered(form, count)
         has_bias = len(bounds) > 2 and (is_last or self.order.bias_first)
-        return form.shifted(bounds[2].lo, bounds[2].hi) if has_bias else form
+        return form.shifted(bounds[2].lo, bounds[2].hi) if form is not None and has_bias else form
 
     def _exact_sums(self, terms: Terms, valid: Tensor, bias: Bounds | None) -> _Sums:
         """The sums of what enters, none of them narrowed: independent operands attain every bound."""

@@ -69,6 +69,26 @@ class Elementwise(Op):
         free = Bounds.of(np.minimum.reduce(corners), np.maximum.reduce(corners), self.step(a, b))
         return narrowed(free, self.storage, self.overflow)
 
+    def _sum(self, operands: Sequence[Form | None], bounds: Sequence[Bounds], sign: int = 1) -> Form | None:
+        """`a + sign * b`: of both forms where they align, else one form and the bounds of the other operand."""
+        forms = [form if form is None or i == 0 or sign > 0 else form.negative() for i, form in enumerate(operands)]
+        shape = self.result.type.shape
+        if forms[0] is not None and forms[1] is not None and shape in [v.type.shape for v in self.operands]:
+            both = forms[0].plus(forms[1])
+            if both is not None:
+                return both
+        for form, _, other in self._sides(forms, bounds):
+            is_opposite = form is forms[0] and sign < 0
+            return form.shifted(-other.hi, -other.lo) if is_opposite else form.shifted(other.lo, other.hi)
+        return None
+
+    def _sides(self, forms: Sequence[Form | None], bounds: Sequence[Bounds]) -> Iterator[tuple[Form, Bounds, Bounds]]:
+        """Forms of the result's shape, each with its centred bounds and those of the other operand."""
+        spans = [centered(v.type, self._whole(b, v.type.shape)) for v, b in zip(self.operands, bounds, strict=True)]
+        for i, form in enumerate(forms):
+            if form is not None and self.operands[i].type.shape == self.result.type.shape:
+                yield form, spans[i], spans[1 - i]
+
     def _whole(self, bounds: Bounds, shape: Shape) -> Bounds:
         """Channel bounds of an operand whose last axis is broadcast hold for every channel of the result."""
         last = self.result.type.shape[-1] if self.result.type.shape else 1
@@ -106,9 +126,9 @@ class FixedAdd(Elementwise):
         """The sum."""
         return a + b
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The sum of both."""
-        return operands[0].plus(operands[1])
+        return self._sum(operands, bounds)
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
@@ -128,9 +148,9 @@ class FixedSub(Elementwise):
         """The difference."""
         return a - b
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The difference of both."""
-        return operands[0].plus(operands[1], -1)
+        return self._sum(operands, bounds, -1)
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides the steps of both."""
@@ -150,18 +170,18 @@ class FixedMul(Elementwise):
         """The product."""
         return a * b
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
-        """One operand, of those that vary the one on more positions, times the bounds of the other."""
-        shape = self.result.type.shape
-        kinds = [v.type for v in self.operands]
-        first = max((0, 1), key=lambda i: (bool(operands[i].terms), kinds[i].sample_size))
-        channels, grid = int(shape[-1]) if shape else 1, tuple(int(d) for d in shape[1:-1])
-        form = operands[first].spread(channels, grid)
-        by, own = (centered(kinds[i], self._whole(bounds[i], kinds[i].shape)) for i in (1 - first, first))
-        if form is None:
-            return None
-        lo, hi, reach = (exact(np.broadcast_to(e, channels)) for e in (by.lo, by.hi, np.maximum(own.hi, -own.lo)))
-        return form.times(lo, hi, reach)
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """One operand times the bounds of the other."""
+        for form, own, other in self._sides(operands, bounds):
+            hull, whole = own.hull, other.flat()
+            ends = (form.along(other.lo), form.along(other.hi))
+            lo, hi = (form.along(w) if e is None else e for e, w in zip(ends, (whole.lo, whole.hi), strict=True))
+            reach = form.along(max(int(hull.hi), -int(hull.lo)))
+            assert lo is not None
+            assert hi is not None
+            assert reach is not None
+            return form.times(lo, hi, reach)
+        return None
 
     def step(self, a: Bounds, b: Bounds) -> Tensor:
         """What divides each step times what it meets."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qir.affine import Form
 from qir.errors import QirError
-from qir.interval import Bounds, Interval
+from qir.interval import Bounds, Interval, exact
 from qir.ir import OpBounds
 from qir.opdef import Window, broadcast_shapes, known_dim, normalize_axis, pad_spatial, window_view
 from qir.ops.accumulate import Accumulating, Chains, Kernel, bits_of, centered, centre, term_bounds
@@ -199,6 +199,21 @@ class FixedMatMul(Accumulating):
             return None
         return Kernel({(0,) * len(grid): np.ascontiguousarray(weights.T)}, (1,) * len(grid), grid)
 
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The product, or a sum times a weight where rows are no channels but all weights are the same: a mean."""
+        x, kernel = operands[0], self.kernel(bounds)
+        if x is None or kernel is None or x.has_last_channels:
+            return super().affine(operands, bounds)
+        (weights,) = kernel.taps.values()
+        if len(bounds) > 2 or weights.size != weights.shape[1] or np.ptp(weights):
+            return None
+        form = x.summed((self.operands[0].type.rank - 1,), keepdims=True)
+        if form is None:
+            return None
+        weight = exact(np.full(form.channels, weights[0, 0]))
+        product = form.times(weight, weight, weight * 0)
+        return self.entered(product, weights.size)
+
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds | None:
         """Per output: from the very elements of b where it is constant and shared by the batch."""
         length = int(self.operands[0].type.shape[-1])
@@ -266,19 +281,12 @@ class ReduceSum(Accumulating):
         shape = self.infer()[0]
         return (summed.reshape(tuple(len(x) if d == BATCH else int(d) for d in shape)),)
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
-        """The sum over all positions, or over the channels, which stay as one."""
-        rank, axes = self.operands[0].type.rank, tuple(sorted(self.axes))
-        if self.shift < 0:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The sum along the axes."""
+        x = operands[0]
+        if x is None or 0 in self.axes:
             return None
-        if axes == tuple(range(1, rank - 1)):
-            form = operands[0].summed()
-            form = form.regrid((1,) * len(axes)) if form is not None and self.keepdims else form
-        elif axes == (rank - 1,) and self.keepdims and rank > 1:
-            form = operands[0].summed_channels()
-        else:
-            return None
-        return form if form is None else replace(form, scale=form.scale - self.shift)
+        return self.entered(x.summed(self.axes, self.keepdims), self.count)
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """`count` times the bounds of an element."""

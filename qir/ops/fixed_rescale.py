@@ -214,20 +214,21 @@ class Requantize(Op):
             return bool((shift == 0).all())
         return bool(((multiplier == 1 << 30) & (shift == 1)).all())
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The operand times the factor, off by what rounding may change."""
-        x = centered(self.operands[0].type, bounds[0])
-        if self._may_wrap(x.hull):
+        x, form = centered(self.operands[0].type, bounds[0]), operands[0]
+        if form is None or self._may_wrap(x.hull):
             return None
-        form = replace(operands[0], scale=operands[0].scale - self.input_shift)
+        multipliers, shifts = form.along(self.multiplier.data), form.along(self.shift.data)
+        if multipliers is None or shifts is None:
+            return None
         reach = int(max(-x.hull.lo, x.hull.hi, 0)) << self.input_shift
-        multipliers, shifts = (np.broadcast_to(a.data, form.channels) for a in (self.multiplier, self.shift))
         known = [
             rounded_product(self.form, self.rounding, m, int(s), reach)
             for m, s in zip(multipliers, shifts, strict=True)
         ]
         factors, below, above = zip(*known, strict=True)
-        return form.scaled(factors, (below, above))
+        return replace(form, scale=form.scale - self.input_shift).scaled(factors, (below, above))
 
     def _left_shift(self) -> Tensor:
         """By how many bits the operand is shifted left before anything else, as Python ints."""

@@ -98,12 +98,12 @@ class Reshape(Movement):
         times = last // channels
         return OpBounds((operands[0].map(lambda e: np.tile(e, times)),))
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
-        """The same elements, where samples and channels stay what they are."""
-        source, shape = self.operands[0].type.shape, self.result.type.shape
-        if len(shape) < 2 or source[0] != shape[0] or source[-1] != shape[-1]:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The same elements in other dimensions, where samples stay what they are."""
+        form, source, shape = operands[0], self.operands[0].type.shape, self.result.type.shape
+        if form is None or not source or not shape or source[0] != shape[0]:
             return None
-        return operands[0].regrid(tuple(int(d) for d in shape[1:-1]))
+        return form.reshaped([int(d) for d in shape[1:]])
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's reshape."""
@@ -140,6 +140,10 @@ class Transpose(Movement):
         """Channel bounds survive where the last axis stays last."""
         kept = bool(self.perm) and self.perm[-1] == len(self.perm) - 1
         return OpBounds((operands[0] if kept else operands[0].flat(),))
+
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The same elements with dimensions in another order."""
+        return operands[0] and operands[0].transposed(self.perm)
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's transpose."""
@@ -184,11 +188,11 @@ class Concat(Movement):
         lo, hi, step = (np.concatenate(parts) for parts in zip(*ends, strict=True))
         return OpBounds((Bounds(lo, hi, None, step),))
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """Channels side by side."""
-        rank = self.operands[0].type.rank
+        forms, rank = [f for f in operands if f is not None], self.operands[0].type.rank
         is_last = rank > 1 and normalize_axis(self.axis, rank) == rank - 1
-        return stacked(operands) if is_last and len({f.grid for f in operands}) == 1 else None
+        return stacked(forms) if is_last and len(forms) == len(operands) else None
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's concatenate."""
@@ -237,11 +241,12 @@ class Slice(Movement):
                 bounds = bounds.map(operator.itemgetter(keep))
         return OpBounds((bounds,))
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """Some of the channels."""
-        if self.axes != (self.operands[0].type.rank - 1,) or self.axes == (0,):
+        form, last = operands[0], self.operands[0].type.rank - 1
+        if form is None or not form.has_last_channels or self.axes != (last,):
             return None
-        return operands[0].rows(range(self.starts[0], self.ends[0], self.steps[0]))
+        return form.rows(range(self.starts[0], self.ends[0], self.steps[0]))
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's basic slicing."""
@@ -287,10 +292,12 @@ class Gather(Movement):
             return OpBounds((bounds.flat(),))
         return OpBounds((bounds.map(operator.itemgetter(self.indices.data)),))
 
-    def affine(self, operands: Sequence[Form], bounds: Sequence[Bounds]) -> Form | None:
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """Some of the channels."""
-        is_last = self.axis == self.operands[0].type.rank - 1 > 0 and self.indices.data.ndim == 1
-        return operands[0].rows(self.indices.data) if is_last else None
+        form, last = operands[0], self.operands[0].type.rank - 1
+        if form is None or not form.has_last_channels or self.axis != last or self.indices.data.ndim != 1:
+            return None
+        return form.rows(self.indices.data)
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's take."""
