@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import qir
 from qir.backend import find_backends
 from qir.errors import CalibrationError, QirError
 from qir.feeds import join_samples, read_npz, split_samples, write_npz
-from qir.fixed_point import Overflow
 from qir.ir import Graph, Stage
 from qir.pass_manager import Dump, Feeds, Instrument, PassContext, Progress, Timing
-from qir.proof import prove
 from qir.report import constant_bytes, fields_text, pass_table, progress_bar, size_text
 from qir.serialization import whole_folder, write_bytes, write_graph
-from qir.verifier import find_faults, verify
+from qir.verifier import find_faults
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells report it
 _BROKEN_PIPE = 141  # the same for SIGPIPE
@@ -120,8 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="hold the target's kernels to vectors that are made from its contract"
     )
 
-    check = add("check", _check, "Parse, verify and prove again what was compiled.")
+    check = add("check", _check, "Verify and prove again what was compiled, and show what overflows.")
     check.add_argument("program", help="folder of the program, or a .qir text")
+    check.add_argument(
+        "--counterexamples",
+        metavar="FILE",
+        help=".npz file to write the inputs to that bring the sums of each layer to the ends of what is proved",
+    )
     return parser
 
 
@@ -292,29 +294,14 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from qir.check import check_graph
+
     path = Path(arguments.program)
     graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
-    print(_checked(graph))
-
-
-def _checked(graph: Graph) -> str:
-    """What was verified and proved. Raises VerifyError with the findings."""
-    target = f" for {graph.target}" if graph.target else ""
-    fields = [("graph", f"@{graph.name} at stage {graph.stage}{target}, {len(graph.ops)} ops, legal")]
-    verify(graph)
-    if graph.stage is not Stage.FIXED:
-        return fields_text(fields)
-    proof = prove(graph)
-    modes = [getattr(op, "overflow", None) for op in graph.ops]
-    stated = sum(v.range is not None for v in graph.values() if v in proof.bounds)
-    sums = sum(getattr(op, "partial", None) is not None for op in graph.ops)
-    islands = Counter(op.island_mark for op in graph.ops if op.island_mark)
-    fields += [
-        ("ranges", f"{stated} of {len(proof.bounds)} integer values state one, all proved"),
-        ("partial sums", f"{sums} stated, all proved"),
-        ("overflow", f"{modes.count(Overflow.NONE)} ops proved free of it"),
-        ("", f"{modes.count(Overflow.SATURATE)} saturate, {modes.count(Overflow.WRAP)} wrap"),
-        ("float islands", f"{islands.total()}, {islands['island tolerance']} of them with a tolerance"),
-    ]
-    fields += [("warning", f"{d.place}: {d.message}") for d in proof.diagnostics]
-    return fields_text(fields)
+    if arguments.counterexamples and graph.stage is not Stage.FIXED:
+        raise QirError(f"--counterexamples is for stage fixed; graph @{graph.name} is at stage {graph.stage}")
+    with progress_bar() as progress:
+        report = check_graph(graph, progress)
+    if arguments.counterexamples:
+        write_npz(arguments.counterexamples, report.inputs())
+    print(report)

@@ -24,7 +24,7 @@ LAYERS = (
     ("passes", "backends"),
     ("program", "compiler", "comparison"),
     ("__init__", "testing"),
-    ("feeds", "report", "demo", "cli"),
+    ("feeds", "report", "check", "demo", "cli"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
