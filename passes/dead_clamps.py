@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qir.demand import demands
 from qir.fixed_point import Overflow
-from qir.interval import Bounds
+from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import Accumulating
 from qir.ops.fixed_pool import FixedMaxPool
@@ -16,7 +16,7 @@ from qir.ops.movement import Movement
 from qir.pass_manager import PassContext
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.replacement import readers_take
-from qir.proof import Proof, is_idle, prove
+from qir.proof import Method, Proof, is_idle, prove
 from qir.rewrite import Rewriter, map_values, rewrite
 from qir.types import (
     AffineType,
@@ -29,14 +29,14 @@ from qir.types import (
 from qir.verifier import find_faults
 
 
-def remove_dead_clamps(graph: Graph, context: PassContext) -> Graph:
+def remove_dead_clamps(graph: Graph, method: Method, context: PassContext) -> Graph:
     """The graph without idle requantizes between equal types, and with dead clamps turned off.
 
     A clamp is dead where its container holds all that it may be given and no reader asks for more than its bounds; its
     result then uses the whole container. Outputs keep their bits; the same object where nothing changes.
     """
-    bare = _without_identities(graph)
-    found = _unclamped(bare)
+    bare = _without_identities(graph, method)
+    found = _unclamped(bare, method)
     if found is graph:
         return graph
     removed, turned_off = len(graph.ops) - len(bare.ops), _handled(bare) - _handled(found)
@@ -48,9 +48,9 @@ def _handled(graph: Graph) -> int:
     return sum(getattr(op, "overflow", Overflow.NONE) is not Overflow.NONE for op in graph.ops)
 
 
-def _without_identities(graph: Graph) -> Graph:
+def _without_identities(graph: Graph, method: Method) -> Graph:
     """Readers of a requantize that gives back what it reads, in a type of the same meaning, read its operand."""
-    proof = prove(graph)
+    proof = prove(graph, method)
     idle = {op for op in graph.ops if isinstance(op, Requantize) and _is_identity(graph, proof, op)}
 
     def visit(rewriter: Rewriter, op: Op) -> bool:
@@ -75,37 +75,46 @@ def _meaning(element: ElementType) -> object:
     return storage.base_name, scale, getattr(element, "axis", None)
 
 
-def _unclamped(graph: Graph) -> Graph:
+def _unclamped(graph: Graph, method: Method) -> Graph:
     """The graph with every dead clamp turned off that leaves all of it legal and proved."""
-    proof = prove(graph)
-    asked = demands(graph, proof)
-    dead = [op for op in graph.ops if op.result not in graph.outputs and _is_dead(op, proof, asked)]
+    proof = prove(graph, method)
+    possible = [op for op in graph.ops if _is_held(op, proof)]
+    asked = demands(graph, proof) if possible else {}
+    dead = [op for op in possible if _is_dead(op, proof, asked)]
     if not dead:
         return graph
-    whole = _turned_off(graph, dead)
+    whole = _turned_off(graph, dead, method)
     if not find_faults(whole):
         return whole
     taken: list[Op] = []
     for op in dead:
-        taken = [*taken, op] if not find_faults(_turned_off(graph, [*taken, op])) else taken
-    return _turned_off(graph, taken) if taken else graph
+        taken = [*taken, op] if not find_faults(_turned_off(graph, [*taken, op], method)) else taken
+    return _turned_off(graph, taken, method) if taken else graph
+
+
+def _is_held(op: Op, proof: Proof) -> bool:
+    """Whether an op saturates to bounds narrower than its container, which would hold all of its values."""
+    step = proof.steps.get(op)
+    if getattr(op, "overflow", None) is not Overflow.SATURATE or isinstance(op, Accumulating) or step is None:
+        return False
+    storage, free = storage_of(op.result.type.element), step.unsaturated
+    if storage is None or free is None or is_idle(op, step):
+        return False
+    return Interval(*container_bounds(storage.bits, storage.signed)).contains(free)
 
 
 def _is_dead(op: Op, proof: Proof, asked: Mapping[Value, Bounds]) -> bool:
-    """Whether an op saturates for nothing: its container holds what it clamps, and readers clamp as much."""
-    overflow, step = getattr(op, "overflow", None), proof.steps.get(op)
-    if overflow is not Overflow.SATURATE or isinstance(op, Accumulating) or step is None or is_idle(op, step):
-        return False
-    storage, free, demand = storage_of(op.result.type.element), step.unsaturated, asked.get(op.result)
+    """Whether every reader of an op cuts its values where its clamp does, or further in."""
+    storage, free = storage_of(op.result.type.element), proof.steps[op].unsaturated
+    demand = asked.get(op.result)
     if storage is None or free is None or demand is None:
         return False
-    least, greatest = container_bounds(storage.bits, storage.signed)
     below = free.lo >= storage.lo or demand.hull.lo >= storage.lo
     above = free.hi <= storage.hi or demand.hull.hi <= storage.hi
-    return least <= free.lo and free.hi <= greatest and below and above
+    return below and above
 
 
-def _turned_off(graph: Graph, dead: Sequence[Op]) -> Graph:
+def _turned_off(graph: Graph, dead: Sequence[Op], method: Method) -> Graph:
     """These clamps off, their results and what moves or picks from them in whole containers, and ranges proved anew."""
     whole = {op.result for op in dead}
     for op in graph.ops:
@@ -117,7 +126,7 @@ def _turned_off(graph: Graph, dead: Sequence[Op]) -> Graph:
         lambda v: {"type": v.type.with_element(_container(v.type.element)), "range": None} if v in whole else {},
         attributes=lambda op: {"overflow": Overflow.NONE} if op in ops else {},
     )
-    return RangeAnalysis().run(found, PassContext())
+    return RangeAnalysis(method).run(found, PassContext())
 
 
 def _container(element: ElementType) -> ElementType:

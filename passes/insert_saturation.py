@@ -15,7 +15,7 @@ from qir.pass_manager import Pass, PassContext
 from qir.passes.dead_clamps import remove_dead_clamps
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair, repair_accumulators
-from qir.proof import Proof, is_idle, is_product_idle, overflow_room, prove
+from qir.proof import Proof, claims_method, is_idle, is_product_idle, overflow_room, prove
 from qir.rewrite import map_values
 
 
@@ -51,12 +51,13 @@ class InsertSaturation(Pass):
         Warns of each op whose sums may still overflow.
         """
         stepwise = any(isinstance(op, Accumulating) and op.overflow in STEPWISE for op in graph.ops)
-        graph = remove_dead_clamps(graph, context)
+        method = claims_method(graph)
+        graph = remove_dead_clamps(graph, method, context)
         if self.repair is not Repair.PROVE:
             target = context.need_target(self.name)
-            repaired = repair_accumulators(graph, target, self.repair, self.skip, context)
-            graph = graph if repaired is graph else RangeAnalysis().run(repaired, PassContext())
-        proof = prove(graph)
+            repaired = repair_accumulators(graph, target, self.repair, self.skip, method, context)
+            graph = graph if repaired is graph else RangeAnalysis(method).run(repaired, PassContext())
+        proof = prove(graph, method)
         self._report(graph, proof, stepwise, context)
         idle = _idle(graph, proof, context)
         return map_values(graph, lambda value: {}, attributes=lambda op: idle.get(op, {})) if idle else graph

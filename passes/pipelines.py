@@ -18,6 +18,7 @@ from qir.passes.fuse_activation import FuseActivation
 from qir.passes.fuse_batch_norm import FuseBatchNorm
 from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.legalize import Legalize
+from qir.passes.minimize_accumulators import MinimizeAccumulators
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.select_q_formats import SelectQFormats
 
@@ -36,6 +37,7 @@ PASSES: Final[tuple[type[Pass], ...]] = (
     SelectQFormats,
     Legalize,
     InsertSaturation,
+    MinimizeAccumulators,
 )
 
 

@@ -16,7 +16,7 @@ from qir.passes.repairs.narrow import narrow
 from qir.passes.repairs.replacement import Replacement, Site, is_proved, prove_ops, serves, splice
 from qir.passes.repairs.split import split
 from qir.passes.repairs.widen import widen
-from qir.proof import is_idle, is_product_idle, prove
+from qir.proof import Method, is_idle, is_product_idle, prove
 from qir.rewrite import Rewriter, live_ops, map_values, rewrite
 from qir.target import Target, Width
 
@@ -45,7 +45,12 @@ RUNGS: Final[Mapping[Repair, Callable[[Site], Replacement | None]]] = MappingPro
 
 
 def repair_accumulators(
-    graph: Graph, target: Target, limit: Repair, passed_over: Collection[Repair], context: PassContext
+    graph: Graph,
+    target: Target,
+    limit: Repair,
+    passed_over: Collection[Repair],
+    method: Method,
+    context: PassContext,
 ) -> Graph:
     """Repair every accumulating op whose sums may overflow, as far as `limit`, with a note for each.
 
@@ -55,7 +60,7 @@ def repair_accumulators(
     rungs = [r for r in list(RUNGS)[: list(Repair).index(limit)] if r not in passed_over]
     while True:
         found: dict[Op, Replacement] = {}
-        proof = prove(graph)
+        proof = prove(graph, method)
         for op in graph.ops:
             if isinstance(op, Accumulating) and not is_idle(op, proof.steps.get(op)):
                 site = Site(graph, proof, target, op)
@@ -64,7 +69,7 @@ def repair_accumulators(
                     found[op] = replacement
                     context.note(_note(site, replacement))
         if not found:
-            return _claiming_less(graph, target)
+            return _claiming_less(graph, target, method)
         graph = _replaced(graph, found)
 
 
@@ -91,9 +96,9 @@ def _replaced(graph: Graph, found: Mapping[Op, Replacement]) -> Graph:
     return changed.with_changes(ops=tuple(live_ops(changed)))
 
 
-def _claiming_less(graph: Graph, target: Target) -> Graph:
+def _claiming_less(graph: Graph, target: Target, method: Method) -> Graph:
     """The graph without the claims `none` that what was repaired before them disproved: overflow is as contracted."""
-    proof = prove(graph)
+    proof = prove(graph, method)
     sums, products = target.accumulator, target.product
     step = Overflow.WRAP if sums.guard_bits else sums.overflow
     changes: dict[Op, dict[str, Overflow]] = {}

@@ -57,7 +57,7 @@ class Site:
     def with_accumulator(self, kind: IntegerType, **changes: Any) -> Accumulating:
         """The op with sums of another type, and without claims about them."""
         result = Value(self.op.result.name, self.op.result.type.with_element(kind))
-        return self.op.with_changes(results=(result,), accumulator=kind, partial=None, **changes)
+        return self.op.with_changes(results=(result,), accumulator=kind, partial=None, channel_bits=None, **changes)
 
 
 @dataclass(frozen=True, eq=False)

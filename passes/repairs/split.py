@@ -220,7 +220,7 @@ def _of_sum(site: Site, op: ReduceSum) -> _Reduction | None:
 def _sum_of(op: Accumulating, operands: Sequence[Value], name: str) -> Op:
     """The op on other operands."""
     result = Value(name, op.result.type)
-    return op.with_changes(operands=tuple(operands), results=(result,), partial=None)
+    return op.with_changes(operands=tuple(operands), results=(result,), partial=None, channel_bits=None)
 
 
 def _sliced(value: Value, ranges: Mapping[int, tuple[int, int]], name: str) -> list[Op]:

@@ -184,7 +184,7 @@ class Requantize(Op):
         if self.overflow is not Overflow.NONE:
             demand = demand.clamp(*kept_bounds(self.storage.lo, self.storage.hi, self.overflow))
         size = greatest - least + 1
-        dtype = np.int64 if self.form in _FLOAT_FORMS or self.intermediate_bits() <= 62 else object
+        dtype = np.int64 if self.form in _FLOAT_FORMS or self.intermediate_bits() <= 63 else object
         zeros = zero_array(kind.element)
 
         def image(place: Tensor) -> Tensor:

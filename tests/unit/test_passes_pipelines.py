@@ -63,7 +63,7 @@ def test_the_default_pipeline() -> None:
 
 def test_every_pass_has_a_name_of_its_own() -> None:
     assert len({p.name for p in PASSES}) == len(PASSES)
-    assert {p.name for p in default_pipeline()} == {p.name for p in PASSES}
+    assert {p.name for p in PASSES} - {p.name for p in default_pipeline()} == {"minimize-accumulators"}
     assert {name: kind for name, kind in pass_registry().items() if kind in PASSES} == {p.name: p for p in PASSES}
 
 
