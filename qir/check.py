@@ -154,9 +154,10 @@ class CheckReport:
         return "\n".join([fields_text(self.fields), *(["", *_table(self.layers)] if self.layers else [])])
 
 
-def check_graph(graph: Graph, progress: Progress = no_progress) -> CheckReport:
+def check_graph(graph: Graph, progress: Progress = no_progress, claims: int = 0) -> CheckReport:
     """Verify a graph and, at stage `fixed`, prove its facts again and try its layers on the kernels.
 
+    `claims` is how many of a certificate the independent checker has found to hold.
     Raises VerifyError with the findings, ConformanceError where kernels give other sums.
     """
     target = f" for {graph.target}" if graph.target else ""
@@ -167,7 +168,8 @@ def check_graph(graph: Graph, progress: Progress = no_progress) -> CheckReport:
     proof = prove_claims(graph)
     layers = tuple(check_layers(graph, proof, progress))
     warnings = [("warning", f"{d.place}: {d.message}") for d in proof.diagnostics]
-    return CheckReport((head, *_facts(graph, proof), *_summary(layers), *warnings), layers)
+    certified = [("certificate", f"{claims} claims, all hold")] if claims else []
+    return CheckReport((head, *certified, *_facts(graph, proof), *_summary(layers), *warnings), layers)
 
 
 def _facts(graph: Graph, proof: Proof) -> Iterator[tuple[str, str]]:

@@ -294,14 +294,16 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from qir.certificate import hold_to_certificate
     from qir.check import check_graph
 
     path = Path(arguments.program)
     graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
     if arguments.counterexamples and graph.stage is not Stage.FIXED:
         raise QirError(f"--counterexamples is for stage fixed; graph @{graph.name} is at stage {graph.stage}")
+    claims = hold_to_certificate(graph, path / "graph.qir") if path.is_dir() and graph.stage is Stage.FIXED else 0
     with progress_bar() as progress:
-        report = check_graph(graph, progress)
+        report = check_graph(graph, progress, claims)
     if arguments.counterexamples:
         write_npz(arguments.counterexamples, report.inputs())
     print(report)

@@ -48,6 +48,10 @@ class PassError(QirError):
         self.last_good = last_good
 
 
+class CertificateError(QirError):
+    """A program's certificate is missing, cannot be read, or makes false claims; the message lists them all."""
+
+
 class RunError(QirError):
     """A program was given feeds whose names, shapes or types do not fit, or it cannot run them."""
 

@@ -15,6 +15,7 @@ from qir.backends.kernels.executor import Executor
 from qir.backends.kernels.kernel import Facts, dtype_of
 from qir.backends.kernels.plan import Buffer, Layout, lay_out
 from qir.backends.kernels.select import own_kernels
+from qir.certificate import write_certificate
 from qir.errors import Diagnostic, QirError, VerifyError
 from qir.interpreter import check_feeds
 from qir.ir import Graph, Stage, Value
@@ -189,12 +190,13 @@ class Program:
         return sum(a.data.nbytes for a in self._facts.constants.values())
 
     def save(self, folder: str | Path) -> None:
-        """Write `graph.qir` and `weights.safetensors` into a folder, whole or not at all.
+        """Write `graph.qir`, `weights.safetensors` and `certificate.json` into a folder, whole or not at all.
 
         Raises QirError when the folder cannot be written or holds something else.
         """
         with whole_folder(Path(folder)) as place:
             write_graph(self.graph, place / GRAPH_FILE, WEIGHTS_FILE)
+            write_certificate(self.graph, prove_claims(self.graph), place / GRAPH_FILE)
 
 
 def load(folder: str | Path) -> Program:

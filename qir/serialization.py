@@ -27,6 +27,9 @@ from qir.ir import Graph
 from qir.parser import parse
 from qir.printer import DTYPE_WORDS, print_graph, resources
 
+#: What a program's proof rests on, beside its text.
+CERTIFICATE_FILE: Final = "certificate.json"
+
 #: Names are quoted without line breaks, so nothing else in a text can start a line like this.
 _SIDECAR: Final = re.compile(
     r'^[ \t]*resources[ \t]*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")', re.MULTILINE
@@ -98,7 +101,8 @@ def _swap(new: Path, path: Path) -> None:
 def _replaceable(path: Path) -> bool:
     if not path.is_dir() or path.is_symlink():
         return False
-    return all(p.is_dir() or p.suffix in (".qir", ".safetensors") for p in path.rglob("*"))
+    found = (p for p in path.rglob("*") if not p.is_dir())
+    return all(p.suffix in (".qir", ".safetensors") or p.name == CERTIFICATE_FILE for p in found)
 
 
 def sidecar_name(arrays: Mapping[str, Array]) -> str:
@@ -131,8 +135,14 @@ def read_graph(path: str | Path) -> Graph:
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise QirError(f"cannot read {path}: {reason}") from fault
+    sidecar = sidecar_of(text)
+    return parse(text, _read_sidecar(path, sidecar) if sidecar is not None else None, str(path))
+
+
+def sidecar_of(text: str) -> str | None:
+    """The file name of the sidecar that a text names, or None."""
     match = _SIDECAR.search(text)
-    return parse(text, _read_sidecar(path, json.loads(match[1])) if match else None, str(path))
+    return str(json.loads(match[1])) if match else None
 
 
 def _read_sidecar(path: Path, name: str) -> dict[str, Array]:

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("errors", "arrays", "types", "fixed_point", "integer_functions", "integer_functions_16", "interval", "affine"),
     ("ir",),
+    ("checker",),
     ("opdef",),
     ("ops",),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "correlation", "proof", "demand", "serialization"),
     ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
-    ("probes", "equivalence", "counterexample"),
+    ("probes", "equivalence", "counterexample", "certificate"),
     ("passes", "backends"),
     ("program", "compiler", "comparison"),
     ("__init__", "testing"),

@@ -102,7 +102,8 @@ def proved_text(body: str, inputs: str = "%x: Nx2 x s8<0.5>", attributes: str = 
 def test_saved_programs_come_back(tmp_path: Path) -> None:
     program = Program(NET)
     program.save(tmp_path / "build")
-    assert sorted(p.name for p in (tmp_path / "build").iterdir()) == ["graph.qir", "weights.safetensors"]
+    found = sorted(p.name for p in (tmp_path / "build").iterdir())
+    assert found == ["certificate.json", "graph.qir", "weights.safetensors"]
     again = load(tmp_path / "build")
     assert again.graph == program.graph
     assert str(again.plan()) == str(program.plan())

@@ -1,0 +1,111 @@
+"""The walk of the checker: every claim of a certificate, op by op, against what follows from those before."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qir.checker.arithmetic import kept_ends
+from qir.checker.claims import MEND, Claim, Span, between, channels, holds, hull, read_claims, text_of
+from qir.checker.rules import image
+from qir.errors import QirError
+from qir.ir import Graph, Op, Value
+from qir.types import storage_of
+
+
+def check_certificate(graph: Graph, text: str, *, graph_sha256: str, weights_sha256: str | None) -> list[str]:
+    """Every false, missing or unknown claim of a certificate, and every fact of the graph that it does not support.
+
+    The hashes are those of the files that the graph was read from. A looser bound that is true may stand.
+    """
+    try:
+        stated = read_claims(text)
+    except QirError as fault:
+        return [str(fault)]
+    check = _Check(graph, dict(stated.entries))
+    for key, expected in (("graph_sha256", graph_sha256), ("weights_sha256", weights_sha256)):
+        if stated.hashes[key] != expected:
+            check.faults.append(f"certificate: its {key} is {stated.hashes[key]}, the file's is {expected}; {MEND}")
+    return check.run()
+
+
+class _Check:
+    """One walk over a graph. `spans` is what is certified of each value, or, after a fault, what follows."""
+
+    def __init__(self, graph: Graph, claims: dict[tuple[str, str], Claim]) -> None:
+        self.graph, self.claims = graph, claims
+        self.faults: list[str] = []
+        self.spans: dict[Value, Span] = {}
+
+    def run(self) -> list[str]:
+        for value in self.graph.inputs:
+            self.value(value, None, None)
+        for op in self.graph.ops:
+            found, lanes = image(self.graph, op, [self.spans.get(v, []) for v in op.operands])
+            for value in op.results:
+                self.value(value, op, found)
+            self.registers(op, lanes)
+        return self.faults + [f"{part} {name!r}: the graph has no such thing; {MEND}" for part, name in self.claims]
+
+    def value(self, value: Value, op: Op | None, found: Span | None) -> None:
+        storage, claim = storage_of(value.type.element), self.claims.get(("values", value.name))
+        if storage is None:
+            return
+        if found is None or (claim is not None and claim.facts.get("rule") == "type"):
+            op, found = None, [between(storage.lo, storage.hi)]
+        found = found if value.type.sample_size else []  # of what has no elements anything is true
+        width = value.type.concrete(1)[-1] if value.type.rank else 1
+        span = self.spans[value] = self.claim("values", value.name, op, found, width)
+        if value.type.sample_size:
+            self.fit(f"%{value.name}: its type", storage, span)
+        if value.range is not None:
+            self.fit(f"%{value.name}: its range in the text", value.range, span)
+
+    def registers(self, op: Any, lanes: dict[str, Span]) -> None:
+        """Lanes, the accumulator, and every claim of the op that nothing overflows."""
+        name = op.results[0].name
+        for lane, found in lanes.items():
+            part, key = ("accumulators", name) if lane == "partial" else ("lanes", f"{name}:{lane}")
+            lanes[lane] = self.claim(part, key, op, found, len(found))
+        if getattr(op, "partial", None) is not None:
+            self.fit(f"%{name}: the bound of its partial sums in the text", op.partial, lanes.get("partial"))
+        bits = getattr(op, "channel_bits", None)
+        if bits is not None and not all(
+            _fit_bits(r, b[0]) for r, b in channels(lanes["partial"], [range(b, 65) for b in bits.data.tolist()])
+        ):
+            self.faults.append(f"%{name}: its channel_bits do not hold what is certified of its partial sums; {MEND}")
+        if getattr(op, "overflow", None) == "none":
+            room = getattr(op, "accumulator", None) or storage_of(op.results[0].type.element)
+            self.fit(f"%{name}: the room of its overflow=none", room, lanes.get("partial", lanes.get("unsaturated")))
+        if getattr(op, "product_overflow", None) == "none":
+            self.fit(f"%{name}: the room of its product_overflow=none", op.product, lanes.get("entering"))
+
+    def claim(self, part: str, name: str, op: Any, found: Span, width: int) -> Span:
+        """The span stated under a name, once it is shown to hold what follows by `op`; else what follows."""
+        stated = self.claims.pop((part, name), None)
+        facts = {"rule": op.mnemonic if op else "type", "inputs": [v.name for v in op.operands] if op else []}
+        if part == "accumulators" and stated is not None:
+            (lo, hi), (least, most) = hull(stated.span), kept_ends(op.accumulator, op.overflow)
+            facts |= {"type": str(op.accumulator), "overflow": op.overflow, "order": op.order}
+            facts |= {"bits": max(hi, ~lo).bit_length() + 1, "idle": least <= lo and hi <= most}
+        if stated is None or len(stated.span) not in (1, width):
+            fault = f"must be there, with one bound or {width}, and hold"
+        elif json.dumps(stated.facts, sort_keys=True) != json.dumps(facts, sort_keys=True):
+            fault = f"must state {facts} beside its bounds, not {stated.facts}, and hold"
+        elif found and not all(holds(a, b) for a, b in channels(stated.span, found)):
+            fault = f"states {text_of(stated.span)}, which does not hold"
+        else:
+            return stated.span
+        self.faults.append(f"{part} {name!r}: {fault} what follows, {text_of(found)}; {MEND}")
+        return found
+
+    def fit(self, place: str, room: Any, span: Span | None) -> None:
+        """A fault unless `room` holds what is certified."""
+        lo, hi = hull(span or [])
+        if span is None or not room.lo <= lo <= hi <= room.hi:
+            found = "nothing" if span is None else f"[{lo}, {hi}]"
+            self.faults.append(f"{place} is [{room.lo}, {room.hi}], but {found} is certified; {MEND}")
+
+
+def _fit_bits(values: range, bits: int) -> bool:
+    return -(1 << (bits - 1)) <= values[0] and values[-1] < 1 << (bits - 1)
