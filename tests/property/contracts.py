@@ -98,6 +98,7 @@ class _Chooser:
                 order=self.of(list(Order)),
                 guard_bits=self.of([0, 0, 8]),
                 rounding=self.of([None, None, Rounding.FLOOR, Rounding.HALF_EVEN]),
+                wider=self.of([(), (), (48, 64)]),
             ),
             requantization=Requantization(
                 **self.formula(scales),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -9,16 +10,21 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property.contracts import contract
 from property.fixed_graphs import FixedMaker
+from property.test_contracts import check_kernels
+from property.test_pipeline import Case, cases
 
 from qir.backend import load_target
+from qir.errors import PassError
 from qir.fixed_point import Overflow
 from qir.interpreter import interpret
 from qir.interval import bits_of_interval
 from qir.ir import Graph, Value
 from qir.ops.accumulate import STEPWISE, Accumulating
-from qir.pass_manager import PassContext
+from qir.pass_manager import PassContext, Pipeline
 from qir.passes.insert_saturation import InsertSaturation
+from qir.passes.pipelines import default_pipeline
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair
 from qir.program import Program
@@ -125,3 +131,23 @@ def test_a_proof_alone_keeps_every_bit(case: tuple[Graph, dict[str, Tensor]]) ->
     after = InsertSaturation().run(graph, PassContext())
     verify(after)
     np.testing.assert_array_equal(interpret(after, feeds)["y"], interpret(graph, feeds)["y"], strict=True)
+
+
+@settings(max_examples=max(100, settings().max_examples))
+@given(case=cases(), seed=st.integers(0, 2**32 - 1), rung=st.sampled_from(Repair))
+def test_every_contract_can_be_repaired(case: Case, seed: int, rung: Repair) -> None:
+    context, fixed = PassContext(contract(seed), [{"x": case.calibration}]), None
+    with contextlib.suppress(PassError):  # of ops without an integer form, which test_contracts tells apart
+        fixed = default_pipeline().before("insert-saturation").run(case.graph, context)
+    if fixed is None:
+        return
+    fixed = Pipeline([InsertSaturation(rung)]).run(fixed, context)
+    check_kernels(fixed, case.x, seed)
+    open_ones = [d for d in context.diagnostics if "its partial sums may reach" in d.message]
+    steps = prove(fixed).steps
+    layers = [op for op in fixed.ops if isinstance(op, Accumulating)]
+    handled = [op for op in layers if op.overflow is not Overflow.NONE]
+    assert handled == [op for op in layers if not is_idle(op, steps.get(op))]
+    by_choice = [op for op in handled if rung is Repair.SATURATE and op.overflow in STEPWISE]
+    assert len(open_ones) == len(handled) - len(by_choice)
+    assert not (rung is Repair.SATURATE and open_ones)
