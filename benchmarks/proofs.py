@@ -106,18 +106,17 @@ def print_bits(case: Case, target: str) -> bool:
     return max(seconds, affine_seconds) <= SECONDS
 
 
-def print_widths(name: str, graph: qir.Graph, pipeline: qir.Pipeline) -> None:
+def print_widths(name: str, graph: qir.Graph) -> None:
     """What minimize-accumulators says of a model on `fpga`, and the share of `dsp16` without step-wise saturation."""
     calibration = [{graph.inputs[0].name: calibration_images()}]
     fpga = qir.compile(graph, "fpga", calibration)
-    context = PassContext(qir.load_target("fpga"))
+    context, pipeline = PassContext(qir.load_target("fpga")), qir.parse_pipeline("minimize-accumulators{per=channel}")
     fewest = qir.Program(pipeline.run(fpga.graph, context))
     images = {graph.inputs[0].name: models.labelled_images()[0]}
     outputs = [p.run_integer(images) for p in (fpga, fewest)]
     differ = sum(int((outputs[0][n] != outputs[1][n]).sum()) for n in outputs[0])
-    print(
-        f"{name}, fpga: {'; '.join(context.notes)}; {differ} of {sum(a.size for a in outputs[0].values()):,} outputs differ"
-    )
+    total = sum(a.size for a in outputs[0].values())
+    print(f"{name}, fpga: {'; '.join(context.notes)}; {differ} of {total:,} outputs differ")
     found = qir.compile(graph, "dsp16", calibration).graph
     proof = prove(found)
     sums = [op for op in found.ops if isinstance(op, Accumulating)]
@@ -134,12 +133,13 @@ def print_growth() -> None:
         before = qir.default_pipeline().before("legalize") + qir.parse_pipeline("legalize")
         graphs.append(before.run(large_graphs.large_graph(size), PassContext(target, samples), []))
     for method in Method:
-        best = [
-            min(prove_anew(graph, method)[1] for _ in range(max(1, min(10, 1000 // s))))
-            for graph, s in zip(graphs, _SIZES, strict=True)
-        ]
+        best = [min(_times(graph, method, 1000 // size)) for graph, size in zip(graphs, _SIZES, strict=True)]
         growth = best[-1] / _SIZES[-1] / (best[-2] / _SIZES[-2])
         print(f"{f'range analysis, {method}':24}" + "".join(f"{1000 * s:13,.1f}" for s in best) + f"{growth:9.2f}")
+
+
+def _times(graph: qir.Graph, method: Method, runs: int) -> list[float]:
+    return [prove_anew(graph, method)[1] for _ in range(max(1, min(10, runs)))]
 
 
 def main() -> int:
@@ -148,9 +148,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="where public models lie or are put")
     parser.add_argument("--target", default="arm-neon", help="whose accumulators to bound (default: %(default)s)")
     options = parser.parse_args()
-    print(
-        f"{'mean bits':16}{'sums':>6}{'types':>10}{'weights':>10}{'affine':>10}{'tighter':>9}{'s, weights':>11}{'affine':>9}"
-    )
+    titles = f"{'types':>10}{'weights':>10}{'affine':>10}{'tighter':>9}{'s, weights':>11}{'affine':>9}"
+    print(f"{'mean bits':16}{'sums':>6}{titles}")
     is_quick = True
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -163,9 +162,7 @@ def main() -> int:
         print("PP-OCR cls: give --data DIR")
     print()
     for name in ("fm_cnn", "fm_mobile"):
-        print_widths(
-            name, qir.import_onnx(models.PATHS[name]), qir.parse_pipeline("minimize-accumulators{per=channel}")
-        )
+        print_widths(name, qir.import_onnx(models.PATHS[name]))
     print_growth()
     return int(not is_quick)
 

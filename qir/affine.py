@@ -354,6 +354,11 @@ class Form:
         return replace(form, terms=terms, lo=low, hi=high, scale=form.scale + 1)._within_limits()
 
     @property
+    def is_source(self) -> bool:
+        """Whether the values are those of a source."""
+        return self.is_plain and not self.scale and all(map(_is_identity, next(iter(self.terms.values())).arrays()))
+
+    @property
     def is_plain(self) -> bool:
         """Whether each element is but a multiple of one of a source, so that 0 there is 0 here."""
         if len(self.terms) != 1 or np.any(self.lo) or np.any(self.hi):

@@ -216,7 +216,7 @@ class Accumulating(Op):
     def affine_partials(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Bounds | None:
         """Bounds a channel of every partial sum, from the form of an operand that is no source of its own."""
         x = operands[0]
-        kernel = None if x is None or x.is_plain else self.kernel(bounds)
+        kernel = None if x is None or x.is_source else self.kernel(bounds)
         if x is None or kernel is None or kernel.is_padded:
             return None
         found = Bounds.of(np.zeros(kernel.outputs, np.int64), 0)

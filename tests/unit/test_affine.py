@@ -253,3 +253,18 @@ def test_a_rounded_product_is_off_by_no_more_than_is_said(form: RequantizeForm) 
         for acc in accumulators:
             gap = int(requantize(acc, given, shift, form, rounding)) - factor * acc
             assert below <= gap <= above, (acc, given, shift)
+
+
+def test_partial_sums_of_what_mixes_channels_of_a_source() -> None:
+    """The operand is (x0 + x1, x0 - x1) and the sum 2 * x0: no partial sum is larger than of both at their ends."""
+    graph = parse("""
+        graph @g stage=fixed (%x: Nx2 x s8) {
+          %w = const {value=s8 2x2 [1, 1, 1, -1]} : 2x2 x s8
+          %a = matmul %x, %w {accumulator=s32, overflow=wrap, order=khwc} : Nx2 x s32
+          %v = const {value=s8 2x1 [1, 1]} : 2x1 x s8
+          %y = matmul %a, %v {accumulator=s32, overflow=wrap, order=khwc} : Nx1 x s32
+          return %y
+        }""")
+    assert hull(graph, "y", "interval") == Interval(-511, 509)
+    assert hull(graph, "y") == Interval(-256, 254)
+    assert prove(graph, "affine").steps[graph.ops[-1]].partial == Interval(-256, 254)
