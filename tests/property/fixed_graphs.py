@@ -62,6 +62,7 @@ _ODD_WIDTHS = (integer(1), integer(2), integer(3), integer(6), integer(12), inte
 WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8, *_ODD_WIDTHS)
 ACCUMULATORS = (S32, S32, S32, S16, integer(13), integer(24), integer(40), S64)
 BATCHES = (0, 1, 3)
+FLOAT_FORMS = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
 _POWERS = tuple(1 << p for p in range(31))
 
 
@@ -155,55 +156,70 @@ class FixedMaker:
 
     def overflow(self, kept: IntegerType) -> Overflow:
         """How values are narrowed to this storage: mostly by saturation, else by any mode that it allows."""
-        modes = [Overflow.SATURATE] * 5 + [Overflow.SATURATE_SYMMETRIC]
+        modes = [Overflow.SATURATE] * 5 + ([Overflow.SATURATE_SYMMETRIC] if kept.hi >= 0 else [])
         modes += [Overflow.SATURATE_ZERO] if kept.lo <= 0 <= kept.hi else []
         return Overflow(self.pick(modes if kept.is_narrowed else [*modes, Overflow.WRAP]))
 
-    # One op each
+    # One op each, of an input of its own or of a value of the graph
 
-    def conv(self, **accumulator: Any) -> Value:
-        groups, per_group, multiple = self.pick(
-            [(1, 3, 5), (1, 1, 1), (1, 4, 2), (2, 3, 2), (3, 1, 1), (5, 1, 1), (2, 1, 3)]
-        )
-        height, width = self.size(1, 5), self.size(1, 5)
+    def conv(self, x: Value | None = None, keeps_shape: bool = False, **accumulator: Any) -> Value:
+        if x is None:
+            groups, per_group, multiple = self.pick(
+                [(1, 3, 5), (1, 1, 1), (1, 4, 2), (2, 3, 2), (3, 1, 1), (5, 1, 1), (2, 1, 3)]
+            )
+            x = self.input(self.size(1, 5), self.size(1, 5), groups * per_group)
+        else:
+            channels = int(x.type.shape[3])
+            groups = self.pick([g for g in range(1, channels + 1) if channels % g == 0])
+            per_group = channels // groups
+            multiple = per_group if keeps_shape else self.size(1, 3)
+        height, width = (int(d) for d in x.type.shape[1:3])
         kernel = tuple(self.pick([(1, 1), (2, 1), (3, 3), (1, 3), (2, 2)]))
         dilations = (self.size(1, 2), self.size(1, 2))
         extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-        need = [max(0, e - s) for e, s in zip(extent, (height, width), strict=True)]
-        pads = (self.size(0, 2), self.size(0, 2), need[0] + self.size(0, 2), need[1] + self.size(0, 2))
+        if keeps_shape:
+            begin = [self.size(0, e - 1) for e in extent]
+            pads, strides = (*begin, *(e - 1 - b for e, b in zip(extent, begin, strict=True))), (1, 1)
+        else:
+            need = [max(0, e - s) for e, s in zip(extent, (height, width), strict=True)]
+            pads = (self.size(0, 2), self.size(0, 2), need[0] + self.size(0, 2), need[1] + self.size(0, 2))
+            strides = (self.size(1, 3), self.size(1, 3))
         storage = self.pick(WEIGHT_STORAGES)
         shape = (groups * multiple, *kernel, per_group)
         zero = self.random.integers(storage.lo, storage.hi, shape[0], endpoint=True) if self.flag() else 0
         element = affine(storage, np.full(shape[0], 0.25), zero, 0) if self.flag() else storage
-        x = self.input(height, width, groups * per_group)
         weight = self.constant(self.numbers(storage, shape), element)
         accumulator = accumulator or self.accumulator()
         return self.emit(
             Conv2d,
             [x, weight, *self.bias(shape[0], accumulator["accumulator"])],
             pads=pads,
-            strides=(self.size(1, 3), self.size(1, 3)),
+            strides=strides,
             dilations=dilations,
             groups=groups,
             **accumulator,
         )
 
-    def matmul(self, **accumulator: Any) -> Value:
+    def matmul(self, x: Value | None = None, outputs: int | None = None, **accumulator: Any) -> Value:
         """A fully connected layer, or one whose rows have more dimensions."""
-        length, outputs = self.extent(), self.extent()
+        x = self.input(*self.pick([(), (3,), (2, 3)]), self.extent()) if x is None else x
+        outputs = self.extent() if outputs is None else outputs
+        length = int(x.type.shape[-1])
         storage = self.pick(WEIGHT_STORAGES)
         zero = self.random.integers(storage.lo, storage.hi, endpoint=True)
         element = affine(storage, 0.25, int(zero)) if self.flag() else storage
         weight = self.constant(self.numbers(storage, (length, outputs)), element)
-        x = self.input(*self.pick([(), (3,), (2, 3)]), length)
         accumulator = accumulator or self.accumulator()
         bias = self.bias(outputs, accumulator["accumulator"])
         return self.emit(FixedMatMul, [x, weight, *bias], **accumulator)
 
-    def batched_matmul(self) -> Value:
+    def batched_matmul(self, factors: tuple[Value, Value] | None = None) -> Value:
         """Two activations, whose leading dimensions broadcast."""
-        rows, length, columns, heads = (self.extent() for _ in range(4))
-        left, right = self.input(heads, rows, length), self.input(self.pick([1, heads]), length, columns)
+        if factors is None:
+            rows, length, columns, heads = (self.extent() for _ in range(4))
+            factors = self.input(heads, rows, length), self.input(self.pick([1, heads]), length, columns)
+        left, right = factors
+        columns = int(right.type.shape[-1])
         accumulator = self.accumulator()
         bias = self.bias(columns, accumulator["accumulator"]) if self.pick([False, False, True]) else []
         return self.emit(FixedMatMul, [left, right, *bias], **accumulator)
@@ -217,18 +233,26 @@ class FixedMaker:
         storages = (S32, S32, S16, S8, U8, integer(24), S32.narrowed(-5000, 5000))
         return self.rescale(self.input(self.extent(), self.extent(), storages=storages))
 
-    def rescale(self, x: Value) -> Value:
-        """A requantize of any form; multipliers are often powers of two, so that many values are ties."""
-        form = self.pick(list(RequantizeForm))
+    def rescale(self, x: Value, result: ElementType | None = None, about: int | None = None) -> Value:
+        """A requantize of any form, by `about` a power of two where that is given.
+
+        Multipliers are often powers of two, so that many values are ties.
+        """
         storage = storage_of(x.type.element)
         assert storage is not None
+        forms = list(RequantizeForm)
+        form = self.pick(forms if storage.bits <= 60 else [f for f in forms if f not in FLOAT_FORMS])
+        input_shift = self.pick([0, 0, 7]) if storage.bits <= 24 else 0
         count = () if self.flag() else (int(x.type.shape[-1]),)
-        shift = self.random.integers(-31, 16, count) if self.flag() else self.random.integers(-9, 2, count)
+        if about is not None:
+            shift = np.clip(about - input_shift + self.random.integers(-1, 2, count), -31, 15)
+        else:
+            shift = self.random.integers(-31, 16, count) if self.flag() else self.random.integers(-9, 2, count)
         multipliers = np.array([1 << 30, 3 << 29, (1 << 31) - 1, self.random.integers(1 << 30, 1 << 31)])
         multiplier = self.random.choice(multipliers, count)
-        if form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
+        if form in FLOAT_FORMS:
             multiplier = np.ldexp(self.random.choice(np.array([1.0, 1.5, self.random.uniform(1, 2)]), count), shift)
-        result = self.element((*STORAGES, *STORAGES, S32, integer(40)))
+        result = self.element((*STORAGES, *STORAGES, S32, integer(40))) if result is None else result
         kept = storage_of(result)
         assert kept is not None
         return self.emit(
@@ -239,7 +263,7 @@ class FixedMaker:
             shift=Array(np.asarray(shift, np.int64)),
             form=form,
             rounding=self.pick(list(Rounding)) if form is RequantizeForm.SHIFT else None,
-            input_shift=self.pick([0, 0, 7]) if storage.bits <= 24 else 0,
+            input_shift=input_shift,
             overflow=self.overflow(kept),
         )
 
@@ -257,7 +281,9 @@ class FixedMaker:
             right = self.input(*small)
         else:
             right = self.builder.input("same for all samples", TensorType(small, self.element()))
-        operands = [left, right] if self.flag() else [right, left]
+        return self.combine(op_class, [left, right] if self.flag() else [right, left])
+
+    def combine(self, op_class: type[Op], operands: Sequence[Value]) -> Value:
         result = self.element((*STORAGES, S32))
         kept = storage_of(result)
         assert kept is not None
@@ -268,8 +294,9 @@ class FixedMaker:
             attributes["shift"] = self.pick([0, -3, 4, 31])
         return self.emit(op_class, operands, elements=[result], **attributes)
 
-    def table(self) -> Value:
-        x = self.input(self.extent(), self.extent(), storages=(S8, U8, S4, S8.narrowed(3, 17)))
+    def table(self, x: Value | None = None) -> Value:
+        if x is None:
+            x = self.input(self.extent(), self.extent(), storages=(S8, U8, S4, S8.narrowed(3, 17)))
         storage = storage_of(x.type.element)
         assert storage is not None
         entries = (1 << storage.bits,)
@@ -278,23 +305,25 @@ class FixedMaker:
         table = self.constant(self.numbers(kept, shape), kept)
         return self.emit(Table, [x, table], elements=[affine(kept, 0.125, 3)])
 
-    def softmax(self) -> Value:
+    def softmax(self, x: Value | None = None) -> Value:
         multiplier, left_shift, diff_min = prepare_softmax(self.pick([0.01, 0.1, 0.25, 0.5, 1.0]))
-        x = self.input(*self.pick([(), (3,), (0,)]), self.size(1, 11), element=affine(S8, 0.1, 7))
+        if x is None:
+            x = self.input(*self.pick([(), (3,), (0,)]), self.size(1, 11), element=affine(S8, 0.1, 7))
         result = affine(S8, 1 / 256, -128)
         return self.emit(
             FixedSoftmax, [x], elements=[result], multiplier=multiplier, left_shift=left_shift, diff_min=diff_min
         )
 
-    def argmax(self) -> Value:
-        x = self.input(self.size(), self.size(), self.size())
+    def argmax(self, x: Value | None = None) -> Value:
+        x = self.input(self.size(), self.size(), self.size()) if x is None else x
         attributes = {"axis": self.size(1, 3), "keepdims": self.flag(), "select_last_index": self.flag()}
         return self.emit(FixedArgMax, [x], elements=[self.pick([S64, S32])], **attributes)
 
     def pool(self, op_class: type[Op], x: Value | None = None) -> Value:
         x = self.input(self.size(3, 5), self.size(3, 5), self.size()) if x is None else x
-        kernel = (self.size(1, 3), self.size(1, 3))
-        dilations = tuple(1 if k == 3 else self.size(1, 2) for k in kernel)
+        room = [min(3, int(d)) for d in x.type.shape[1:3]]
+        kernel = (self.size(1, room[0]), self.size(1, room[1]))
+        dilations = tuple(1 if k == r else self.size(1, 2) for k, r in zip(kernel, room, strict=True))
         pads = tuple(self.size(0, k - 1) if k < 3 else self.size(0, 1) for k in (*kernel, *kernel))
         if any(d > 1 for d in dilations):
             pads = (0, 0, 0, 0)
@@ -335,9 +364,10 @@ class FixedMaker:
             attributes = {"pads": (0, *widths[:3], 0, *widths[3:]), "value": value}
         return self.emit(op_class, [x], **attributes)
 
-    def quantize(self) -> Value:
+    def quantize(self, x: Value | None = None) -> Value:
         """From integers to reals and back, with a float op between: an island."""
-        x = self.input(self.extent(), self.extent(), element=affine(self.pick(STORAGES), 0.3, 1))
+        if x is None:
+            x = self.input(self.extent(), self.extent(), element=affine(self.pick(STORAGES), 0.3, 1))
         return self.quantized(self.emit(Add, [self.emit(Relu, [self.emit(Dequantize, [x])]), self.real_constant()]))
 
     def real_constant(self) -> Value:
