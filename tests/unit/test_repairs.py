@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 from onnx_models import model, random
 
 import qir
 from qir.backend import load_target
+from qir.cli import main
 from qir.errors import PassError
 from qir.fixed_point import Overflow
 from qir.interpreter import interpret, trace
@@ -27,6 +31,7 @@ from qir.passes.repairs.ladder import Repair
 from qir.program import Program
 from qir.proof import is_idle, prove
 from qir.rewrite import map_values
+from qir.serialization import write_graph
 from qir.target import Target
 from qir.target_file import parse_target
 from qir.types import S64
@@ -343,3 +348,32 @@ def test_options_print_and_parse() -> None:
         parse_pipeline("insert-saturation{skip=prove}")
     with pytest.raises(PassError, match="insert-saturation needs a target"):
         InsertSaturation(Repair.WIDEN).run(overflowing("wrap")[0], PassContext())
+
+
+def test_the_command_line_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(model(TEXT, **WEIGHTS), "model.onnx")
+    np.savez("calib.npz", x=random(64, 6, 6, 6, seed=6))
+    Path("chip.toml").write_text(str(narrow_target("wrap")).replace('"arm-neon"', '"chip"'), encoding="utf-8")
+    command = "compile model.onnx --target ./chip.toml --calibration calib.npz -o build"
+    assert main(command.split()) == 0
+    out, err = capsys.readouterr()
+    warnings = [line for line in out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 3
+    assert all("of s16, and then wrap; repair it by insert-saturation{repair=widen}" in line for line in warnings)
+    assert err == ""
+    repaired_pipeline = str(default_pipeline()).replace("insert-saturation", "insert-saturation{repair=split}")
+    assert main([*command.split(), "--passes", repaired_pipeline]) == 0
+    out, _ = capsys.readouterr()
+    assert re.search(r"(\d+) of \1 layers are proved free of overflow", " ".join(out.split()))
+    assert "its sum was cut into" in " ".join(out.split())
+    assert not [line for line in out.splitlines() if line.startswith("warning")]
+    assert main(["opt", "build/graph.qir", "--passes", "insert-saturation", "-o", "again.qir"]) == 0
+    assert capsys.readouterr() == ("", "")
+    write_graph(overflowing("wrap")[0], "before.qir")
+    assert main(["opt", "before.qir", "--passes", "insert-saturation", "-o", "again.qir"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("qir: warning: ") == 3
