@@ -54,6 +54,15 @@ class Elementwise(Op):
         exact = self.combine(centre(a, self.operands[0].type), centre(b, self.operands[1].type))
         return (narrow(exact, self.storage.lo, self.storage.hi, self.overflow),)
 
+    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The exact result less the zero point of the result's type."""
+        form, zeros = self.combined(operands, bounds), exact(zero_array(self.result.type.element))
+        return form.shifted(-zeros, -zeros) if form is not None and zeros.any() else form
+
+    def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+        """The exact result from the forms and bounds of the operands; None: unknown."""
+        return None
+
     def step(self, a: Bounds, b: Bounds) -> Tensor | None:
         """Of what exact results are multiples, apart from an offset; None: not known."""
         return None
@@ -126,7 +135,7 @@ class FixedAdd(Elementwise):
         """The sum."""
         return a + b
 
-    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+    def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The sum of both."""
         return self._sum(operands, bounds)
 
@@ -148,7 +157,7 @@ class FixedSub(Elementwise):
         """The difference."""
         return a - b
 
-    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+    def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The difference of both."""
         return self._sum(operands, bounds, -1)
 
@@ -170,7 +179,7 @@ class FixedMul(Elementwise):
         """The product."""
         return a * b
 
-    def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
+    def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """One operand times the bounds of the other."""
         for form, own, other in self._sides(operands, bounds):
             hull, whole = own.hull, other.flat()

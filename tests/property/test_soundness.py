@@ -32,7 +32,7 @@ from qir.verifier import find_faults
 
 Tensor = npt.NDArray[Any]
 #: The first is the widest.
-METHODS = (Method.INTERVAL,)
+METHODS = (Method.INTERVAL, Method.AFFINE)
 
 _IN_CI = 1000
 _EXAMPLES = max(_IN_CI, 4 * settings().max_examples)
