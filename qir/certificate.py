@@ -3,9 +3,9 @@
 `certificate.json` lies beside the text and the weights and names their sha256. It states, an entry a line, under
 
 - `values`, for each integer value: that it is `lo` plus a multiple of `step`, at most `hi`;
-- `accumulators`, for each sum: the same of every partial sum in the order of the op, before a step narrows it; the
-  type, the overflow mode and the order of the accumulator, the bits of two's complement that partial sums take, and
-  whether the overflow mode is idle;
+- `accumulators`, for each sum: the same of every partial sum in the order of the op, before a step narrows it, and
+  of all channels together `partial`; the type, the overflow mode and the order of the accumulator, the bits of two's
+  complement that partial sums take, and whether the overflow mode is idle;
 - `lanes`, for each other register on the way to a result, named `value:lane`: exact products (`product`), sums of two
   of them (`pair`), products before they are narrowed one by one (`entering`), the operand of requantize shifted left
   (`shifted`), a result before it is narrowed (`unsaturated`), the sum of a pooling window (`sum`).
@@ -43,13 +43,13 @@ def make_certificate(graph: Graph, proof: Proof, graph_sha256: str, weights_sha2
         if value in proof.bounds:
             op = producers.get(value)
             follows = _follows(op if op in proof.steps else None)
-            parts["values"][value.name] = _bounds(proof.bounds[value]) | follows
+            parts["values"][value.name] = follows | _bounds(proof.bounds[value])
     for op, step in proof.steps.items():
         name = op.results[0].name
         if isinstance(op, Accumulating):
             parts["accumulators"][name] = _accumulator(op, step)
         for lane, interval in _lanes(op, step):
-            parts["lanes"][f"{name}:{lane}"] = _bounds(Bounds.of(interval.lo, interval.hi)) | _follows(op)
+            parts["lanes"][f"{name}:{lane}"] = _follows(op) | _bounds(Bounds.of(interval.lo, interval.hi))
     head = {"format": FORMAT, "version": VERSION, "graph_sha256": graph_sha256, "weights_sha256": weights_sha256}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for part, entries in parts.items():
@@ -70,10 +70,11 @@ def _accumulator(op: Accumulating, step: OpBounds) -> Entry:
     assert step.partial is not None
     partials = step.channel_partials or Bounds.of(step.partial.lo, step.partial.hi)
     return (
-        _bounds(partials)
-        | _follows(op)
+        _follows(op)
         | {"type": str(op.accumulator), "overflow": str(op.overflow), "order": str(op.order)}
+        | {"partial": [int(step.partial.lo), int(step.partial.hi)]}
         | {"bits": bits_of_interval(step.partial), "idle": is_idle(op, step)}
+        | _bounds(partials)
     )
 
 

@@ -30,7 +30,7 @@ def check_certificate(graph: Graph, text: str, *, graph_sha256: str, weights_sha
 
 
 class _Check:
-    """One walk over a graph. `spans` is what is certified of each value, or, after a fault, what follows."""
+    """One walk over a graph. `spans` is what is stated of each value, so that one lie is one fault."""
 
     def __init__(self, graph: Graph, claims: dict[tuple[str, str], Claim]) -> None:
         self.graph, self.claims = graph, claims
@@ -81,23 +81,23 @@ class _Check:
             self.fit(f"%{name}: the room of its product_overflow=none", op.product, lanes.get("entering"))
 
     def claim(self, part: str, name: str, op: Any, found: Span, width: int) -> Span:
-        """The span stated under a name, once it is shown to hold what follows by `op`; else what follows."""
+        """The span stated under a name, which is a fault unless it holds what follows by `op`; the latter for none."""
         stated = self.claims.pop((part, name), None)
         facts = {"rule": op.mnemonic if op else "type", "inputs": [v.name for v in op.operands] if op else []}
         if part == "accumulators" and stated is not None:
             (lo, hi), (least, most) = hull(stated.span), kept_ends(op.accumulator, op.overflow)
             facts |= {"type": str(op.accumulator), "overflow": op.overflow, "order": op.order}
-            facts |= {"bits": max(hi, ~lo).bit_length() + 1, "idle": least <= lo and hi <= most}
+            facts |= {"partial": [lo, hi], "bits": max(hi, ~lo).bit_length() + 1, "idle": least <= lo and hi <= most}
+        fault = ""
         if stated is None or len(stated.span) not in (1, width):
-            fault = f"must be there, with one bound or {width}, and hold"
+            stated, fault = Claim(found, {}), f"must be there, with one bound or {width}, and hold"
         elif json.dumps(stated.facts, sort_keys=True) != json.dumps(facts, sort_keys=True):
             fault = f"must state {facts} beside its bounds, not {stated.facts}, and hold"
         elif found and not all(holds(a, b) for a, b in channels(stated.span, found)):
             fault = f"states {text_of(stated.span)}, which does not hold"
-        else:
-            return stated.span
-        self.faults.append(f"{part} {name!r}: {fault} what follows, {text_of(found)}; {MEND}")
-        return found
+        if fault:
+            self.faults.append(f"{part} {name!r}: {fault} what follows, {text_of(found)}; {MEND}")
+        return stated.span
 
     def fit(self, place: str, room: Any, span: Span | None) -> None:
         """A fault unless `room` holds what is certified."""

@@ -26,11 +26,11 @@ class _Layer(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """Ends and steps of what products add [length, outputs], in order, and where they are: bool [kinds, length]."""
+    """Ends and gaps of what products add [length, outputs], in order, and where they are: bool [kinds, length]."""
 
     lo: Any
     hi: Any
-    step: Any
+    gap: Any
     real: Any
 
 
@@ -49,7 +49,7 @@ def chain(graph: Graph, op: Any, spans: Sequence[Span]) -> Image:
     first, last = ends[0].min(axis=0), ends[1].max(axis=0)
     gaps = [np.ones((1,), object)]
     if is_exact and is_kept:
-        gaps = [np.gcd.reduce(np.where(real[:, None], terms.step, 0)) for real in terms.real]
+        gaps = [np.gcd.reduce(np.where(real[:, None], terms.gap, 0)) for real in terms.real]
         gaps += [*(ends[0] - first), np.array([step_of(r) for r in bias], object)]
     gap = np.broadcast_to(reduce(np.gcd, gaps), first.shape)
     return [between(*each) for each in zip(first, last, gap, strict=True)], lanes
