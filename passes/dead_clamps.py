@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 from qir.demand import demands
 from qir.fixed_point import Overflow
@@ -22,6 +21,7 @@ from qir.types import (
     AffineType,
     ElementType,
     FixedPointType,
+    IntegerType,
     container_bounds,
     scale_array,
     storage_of,
@@ -51,20 +51,20 @@ def _handled(graph: Graph) -> int:
 def _without_identities(graph: Graph, method: Method) -> Graph:
     """Readers of a requantize that gives back what it reads, in a type of the same meaning, read its operand."""
     proof = prove(graph, method)
-    idle = {op for op in graph.ops if isinstance(op, Requantize) and _is_identity(graph, proof, op)}
+    idle = {op for op in graph.ops if isinstance(op, Requantize) and op.is_identity(proof.bounds[op.operands[0]].hull)}
 
     def visit(rewriter: Rewriter, op: Op) -> bool:
-        if op in idle:
-            rewriter.set(op.result, rewriter.get(op.operands[0]))
-        return op in idle
+        if op not in idle:
+            return False
+        source, bounds = rewriter.get(op.operands[0]), proof.bounds[op.operands[0]]
+        same = _meaning(source.type.element) == _meaning(op.result.type.element)
+        gone = same and readers_take(graph, proof.bounds, op.result, source.type, bounds)
+        if gone:
+            rewriter.set(op.result, source)
+        return gone
 
-    return rewrite(graph, visit) if idle else graph
-
-
-def _is_identity(graph: Graph, proof: Proof, op: Requantize) -> bool:
-    source, bounds = op.operands[0], proof.bounds[op.operands[0]]
-    same = _meaning(source.type.element) == _meaning(op.result.type.element)
-    return same and op.is_identity(bounds.hull) and readers_take(graph, proof.bounds, op.result, source.type, bounds)
+    bare = rewrite(graph, visit) if idle else graph
+    return bare if len(bare.ops) < len(graph.ops) else graph
 
 
 def _meaning(element: ElementType) -> object:
@@ -80,15 +80,16 @@ def _unclamped(graph: Graph, method: Method) -> Graph:
     proof = prove(graph, method)
     possible = [op for op in graph.ops if _is_held(op, proof)]
     asked = demands(graph, proof) if possible else {}
-    dead = [op for op in possible if _is_dead(op, proof, asked)]
+    dead = {op: kind for op in possible if (kind := _freed(op, proof, asked)) is not None}
     if not dead:
         return graph
     whole = _turned_off(graph, dead, method)
     if not find_faults(whole):
         return whole
-    taken: list[Op] = []
-    for op in dead:
-        taken = [*taken, op] if not find_faults(_turned_off(graph, [*taken, op], method)) else taken
+    taken: dict[Op, IntegerType] = {}
+    for op, kind in dead.items():
+        more = {**taken, op: kind}
+        taken = more if not find_faults(_turned_off(graph, more, method)) else taken
     return _turned_off(graph, taken, method) if taken else graph
 
 
@@ -103,35 +104,39 @@ def _is_held(op: Op, proof: Proof) -> bool:
     return Interval(*container_bounds(storage.bits, storage.signed)).contains(free)
 
 
-def _is_dead(op: Op, proof: Proof, asked: Mapping[Value, Bounds]) -> bool:
-    """Whether every reader of an op cuts its values where its clamp does, or further in."""
-    storage, free = storage_of(op.result.type.element), proof.steps[op].unsaturated
-    demand = asked.get(op.result)
+def _freed(op: Op, proof: Proof, asked: Mapping[Value, Bounds]) -> IntegerType | None:
+    """The storage of an op's result without its clamp; None where some reader asks for more than the clamp leaves.
+
+    An end that no reader asks to go beyond moves to that of the container. One that no value reaches stays, so that
+    values without the clamps before it must be proved not to reach it either.
+    """
+    storage, free, demand = storage_of(op.result.type.element), proof.steps[op].unsaturated, asked.get(op.result)
     if storage is None or free is None or demand is None:
-        return False
-    below = free.lo >= storage.lo or demand.hull.lo >= storage.lo
-    above = free.hi <= storage.hi or demand.hull.hi <= storage.hi
-    return below and above
+        return None
+    least, greatest = container_bounds(storage.bits, storage.signed)
+    low = least if demand.hull.lo >= storage.lo else storage.lo
+    high = greatest if demand.hull.hi <= storage.hi else storage.hi
+    return storage.narrowed(int(low), int(high)) if Interval(low, high).contains(free) else None
 
 
-def _turned_off(graph: Graph, dead: Sequence[Op], method: Method) -> Graph:
-    """These clamps off, their results and what moves or picks from them in whole containers, and ranges proved anew."""
-    whole = {op.result for op in dead}
+def _turned_off(graph: Graph, dead: Mapping[Op, IntegerType], method: Method) -> Graph:
+    """These clamps off, their results and what moves or picks from them in wider storage, and ranges proved anew."""
+    wider = {op.result: kind for op, kind in dead.items()}
     for op in graph.ops:
-        if isinstance(op, Movement | FixedMaxPool) and any(v in whole for v in op.operands):
-            whole.update(op.results)
-    ops = set(dead)
+        if isinstance(op, Movement | FixedMaxPool) and any(v in wider for v in op.operands):
+            parts = [wider[v] for v in op.operands if v in wider]
+            storage = storage_of(op.result.type.element)
+            assert storage is not None
+            low, high = min(k.lo for k in (storage, *parts)), max(k.hi for k in (storage, *parts))
+            wider[op.result] = storage.narrowed(low, high)
     found = map_values(
         graph,
-        lambda v: {"type": v.type.with_element(_container(v.type.element)), "range": None} if v in whole else {},
-        attributes=lambda op: {"overflow": Overflow.NONE} if op in ops else {},
+        lambda v: {"type": v.type.with_element(_stored(v.type.element, wider[v])), "range": None} if v in wider else {},
+        attributes=lambda op: {"overflow": Overflow.NONE} if op in dead else {},
     )
     return RangeAnalysis(method).run(found, PassContext())
 
 
-def _container(element: ElementType) -> ElementType:
-    """The same element type with the bounds of its container."""
-    storage = storage_of(element)
-    assert storage is not None
-    whole = storage.narrowed(*container_bounds(storage.bits, storage.signed))
-    return replace(element, storage=whole) if isinstance(element, AffineType | FixedPointType) else whole
+def _stored(element: ElementType, storage: IntegerType) -> ElementType:
+    """The same meaning in another storage."""
+    return element.with_storage(storage) if isinstance(element, AffineType | FixedPointType) else storage

@@ -212,3 +212,21 @@ def test_a_requantize_that_gives_back_what_it_reads_goes() -> None:
     assert context.notes == ["dead clamps: 1 requantizes removed, 0 turned off"]
     for other in (text.replace("[1073741824]", "[1073741825]"), text.replace("shift=s64 [1]", "shift=s64 [0]")):
         assert remove_dead_clamps(parse(other), Method.INTERVAL, PassContext()) == parse(other)
+
+
+def test_a_clamp_that_another_dead_one_makes_idle_stays() -> None:
+    """Below -5 the second clamp does nothing only because the first one does, and the table reads all that is there."""
+    entries = ", ".join(str(min(i, 3)) for i in range(-8, 8))
+    text = f"""
+    graph @g stage=fixed (%x: Nx3 x s4<0.5>) {{
+      %t = const {{value=s8 16 [{entries}]}} : 16 x s8
+      %0 = requantize %x {{{_SAME}}} : Nx3 x s4[-5, 7]<1.0>
+      %1 = requantize %0 {{{_SAME}}} : Nx3 x s4[-5, 3]<2.0>
+      %y = table %1, %t : Nx3 x s8<0.5>
+      return %y
+    }}"""
+    graph, feeds = parse(text), {"x": np.arange(-8, 7, dtype=np.int8).reshape(5, 3)}
+    after = remove_dead_clamps(graph, Method.INTERVAL, PassContext())
+    verify(after)
+    assert after is not graph
+    np.testing.assert_array_equal(interpret(after, feeds)["y"], interpret(graph, feeds)["y"])
