@@ -119,7 +119,10 @@ def layer_graph(op: Accumulating, operands: Sequence[Bounds], target: str = "") 
         else:
             made[value] = builder.input(value.name, _holding(value.type, bounds))
     alone = op.with_changes(
-        operands=tuple(made[v] for v in op.operands), results=(Value(op.result.name, op.result.type),), partial=None
+        operands=tuple(made[v] for v in op.operands),
+        results=(Value(op.result.name, op.result.type),),
+        partial=None,
+        channel_bits=None,
     )
     builder.append(alone)
     graph = builder.finish(alone.results, [op.result.name], target=target)

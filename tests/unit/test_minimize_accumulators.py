@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from models import compiled, labelled_images
 
+import qir
 from qir.arrays import Array
 from qir.backend import load_target
+from qir.cli import main
 from qir.errors import PassError
 from qir.interval import bits_of_interval
 from qir.ir import Graph
@@ -104,6 +107,17 @@ def test_proved_ranges_count_and_not_types() -> None:
     assert parse(text, resources(after)) == after
     again = MinimizeAccumulators(Per.CHANNEL).run(after, PassContext(FPGA))
     assert again is after
+
+
+def test_a_program_of_narrow_channels_is_saved_loaded_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = RangeAnalysis().run(parse(TEXT), PassContext())
+    after, _ = minimized(graph, Per.CHANNEL)
+    Program(after).save(tmp_path / "build")
+    assert qir.load(tmp_path / "build").graph == after
+    assert main(["check", str(tmp_path / "build")]) == 0
+    assert "proved free of overflow" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
