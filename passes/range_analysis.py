@@ -27,10 +27,10 @@ class RangeAnalysis(Pass):
     within their ranges; the graph becomes `ranged`. At stage `fixed` an integer value gets its proved bounds, and an
     accumulating op those of its partial sums; the calibration plays no part.
 
-    `method` says how integers are bounded: `interval`, each by itself, or `affine`, also as a linear function of others,
-    so that what cancels or rejoins is seen (`x - mean(x)`); never wider, and slower. `observer` is the name of an observer with its options behind colons: `minmax`,
-    `percentile:percent=99.9`, `entropy`, `mse:levels=16:symmetric=True`. Raises PassError for another method and
-    CalibrationError for another observer.
+    `method` says how integers are bounded: `interval`, each by itself, or `affine`, also as a linear function of
+    others, so that what cancels or rejoins is seen (`x - mean(x)`); never wider, and slower. `observer` is the name of
+    an observer with its options behind colons: `minmax`, `percentile:percent=99.9`, `entropy`,
+    `mse:levels=16:symmetric=True`. Raises PassError for another method and CalibrationError for another observer.
     """
 
     method: str = Method.INTERVAL

@@ -95,7 +95,7 @@ def test_options_print_and_parse() -> None:
 
 def test_a_method_that_is_not_there_is_refused() -> None:
     with pytest.raises(PassError, match="range-analysis has no method 'octagon'; there are: interval, affine"):
-        parse_pipeline("range-analysis{method=affine}")
+        parse_pipeline("range-analysis{method=octagon}")
 
 
 @pytest.mark.parametrize(
