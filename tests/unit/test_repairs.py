@@ -364,12 +364,16 @@ def test_the_command_line_warns(
     assert len(warnings) == 3
     assert all("of s16, and then wrap; repair it by insert-saturation{repair=widen}" in line for line in warnings)
     assert err == ""
+    assert main(["check", "build"]) == 0
+    assert capsys.readouterr().out.count("counterexample: exact sum ") == 3
     repaired_pipeline = str(default_pipeline()).replace("insert-saturation", "insert-saturation{repair=split}")
     assert main([*command.split(), "--passes", repaired_pipeline]) == 0
     out, _ = capsys.readouterr()
     assert re.search(r"(\d+) of \1 layers are proved free of overflow", " ".join(out.split()))
     assert "its sum was cut into" in " ".join(out.split())
     assert not [line for line in out.splitlines() if line.startswith("warning")]
+    assert main(["check", "build"]) == 0
+    assert "MAY OVERFLOW" not in capsys.readouterr().out
     assert main(["opt", "build/graph.qir", "--passes", "insert-saturation", "-o", "again.qir"]) == 0
     assert capsys.readouterr() == ("", "")
     write_graph(overflowing("wrap")[0], "before.qir")
