@@ -27,7 +27,7 @@ class Repair(enum.StrEnum):
     PROVE = "prove"  # nothing: the bits are the contract's
     WIDEN = "widen"  # a wider accumulator of the target
     SPLIT = "split"  # several sums, added in a type that holds them all
-    NARROW = "narrow"  # smaller weights in the channels concerned
+    NARROW = "narrow"  # fewer bits of weights, or smaller ones, in the channels concerned
     SATURATE = "saturate"  # every step saturates
 
 
@@ -85,12 +85,14 @@ def _climbed(site: Site, rung: Repair) -> Replacement | None:
 
 def _replaced(graph: Graph, found: Mapping[Op, Replacement]) -> Graph:
     """The graph with these ops replaced, and without the constants that nothing reads any more."""
+    readers = {op: changes for replacement in found.values() for op, changes in replacement.readers.items()}
 
     def visit(rewriter: Rewriter, op: Op) -> bool:
-        if op not in found:
-            return False
-        splice(rewriter, op, found[op])
-        return True
+        if op in found:
+            splice(rewriter, op, found[op])
+        elif op in readers:
+            rewriter.keep(op, **readers[op])
+        return op in found or op in readers
 
     changed = rewrite(graph, visit)
     return changed.with_changes(ops=tuple(live_ops(changed)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from qir.arrays import Array
@@ -64,11 +65,12 @@ class Site:
 class Replacement:
     """Ops in order, the last of which makes what stands for the result, and what was done, in a few words.
 
-    They read values of the graph or results of each other.
+    They read values of the graph or results of each other. `readers` has new attributes of ops that read the result.
     """
 
     ops: tuple[Op, ...]
     done: str
+    readers: Mapping[Op, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def result(self) -> Value:
@@ -108,13 +110,21 @@ def is_proved(ops: Sequence[Op], steps: Mapping[Op, OpBounds]) -> bool:
 def serves(site: Site, found: Replacement, bounds: Bounds) -> bool:
     """Whether all that reads the op's result can read what stands for it, within these bounds, to the same effect."""
     old, new = site.op.result, found.result
-    return new.type == old.type or readers_take(site.graph, site.proof.bounds, old, new.type, bounds)
+    same = new.type == old.type and not found.readers
+    return same or readers_take(site.graph, site.proof.bounds, old, new.type, bounds, found.readers)
 
 
-def readers_take(graph: Graph, known: Known, old: Value, kind: TensorType, bounds: Bounds) -> bool:
+def readers_take(
+    graph: Graph,
+    known: Known,
+    old: Value,
+    kind: TensorType,
+    bounds: Bounds,
+    attributes: Mapping[Op, Mapping[str, Any]] = MappingProxyType({}),
+) -> bool:
     """Whether each op that reads a value is legal where it has another integer type, and computes the same formula.
 
-    An output of the graph keeps its type.
+    `attributes` are those that change with it. An output of the graph keeps its type.
     """
     if old in graph.outputs:
         return False
@@ -122,7 +132,8 @@ def readers_take(graph: Graph, known: Known, old: Value, kind: TensorType, bound
     storage = storage_of(kind.element)
     assert storage is not None
     for reader in graph.users.get(old, ()):
-        changed = reader.with_changes(operands=tuple(new if v is old else v for v in reader.operands))
+        operands = tuple(new if v is old else v for v in reader.operands)
+        changed = reader.with_changes(operands=operands, **attributes.get(reader, {}))
         if reader.is_float or any(changed.check()):
             return False
         if isinstance(changed, Requantize) and changed.form in FORMS_OF_32_BITS and storage.bits > 32:

@@ -171,8 +171,59 @@ def test_narrowed_weights_fit_and_others_stay(mode: str) -> None:
         assert np.all(np.abs(found) <= np.abs(before))
         assert np.all(found * before >= 0)
         changed += int((~same).sum())
-    stated = [n for n in context.notes if "channels were narrowed" in n]
+    stated = [n for n in context.notes if "channels were " in n]
     assert sum(int(n.split("the weights of ")[1].split()[0]) for n in stated) == changed
+
+
+def test_halved_weights_keep_what_the_model_computes() -> None:
+    """Factors make up for halved weights, so that roundings alone are left: 2 % of the range on the worst inputs."""
+    graph, feeds = overflowing("wrap")
+    after, context = repaired(graph, narrow_target("wrap"), Repair.NARROW)
+    assert sum("their factors doubled" in n for n in context.notes) == 3
+    gap = np.abs(outputs(after, feeds).astype(int) - outputs(exact_sums(graph), feeds))
+    assert 0 < float(gap.mean()) < 0.02 * 256
+
+
+@pytest.mark.parametrize("form", ["double_round", "single_round", "neon", "reduced_16", "float32", "shift"])
+def test_every_form_makes_up_for_halved_weights(form: str) -> None:
+    """A channel whose weights are even loses nothing; one that fits keeps its own."""
+    factor = {"float32": "f32 [0.0001]", "shift": "s64 [1]"}.get(form, "s64 [1374389535]")
+    rounding = ", rounding=half_even" if form == "shift" else ""
+    graph = RangeAnalysis().run(
+        parse(f"""
+        graph @g stage=fixed {{input_rule=divide, input_rounding=half_away}} (%x: Nx3 x s8<0.5>) {{
+          %w = const {{value=s8 3x2 [126, 1, -64, 2, 80, 3]}} : 3x2 x s8
+          %b = const {{value=s16 2 [1000, 5]}} : 2 x s16
+          %0 = matmul %x, %w, %b {{accumulator=s16, overflow=wrap, order=khwc}} : Nx2 x s16
+          %y = requantize %0 {{multiplier={factor}, shift=s64 [-8], form={form}{rounding}, input_shift=0, overflow=saturate}} : Nx2 x s16<0.5>
+          return %y
+        }}"""),  # noqa: E501
+        PassContext(),
+    )
+    after, context = repaired(graph, narrow_target("wrap"), Repair.NARROW)
+    assert "the weights of 1 of 2 channels were halved up to 1 times and their factors doubled, by 0.0%" in str(
+        context.notes
+    )
+    assert is_free(after)
+    feeds = {"x": np.random.default_rng(0).integers(-128, 128, (500, 3)).astype(np.int8)}
+    np.testing.assert_array_equal(outputs(after, feeds), outputs(exact_sums(graph), feeds))
+
+
+@pytest.mark.parametrize("behind", ["", "%z = add %0, %0 {overflow=saturate} : Nx2 x s40"])
+def test_weights_whose_sums_are_not_requantized_are_cut_by_a_threshold(behind: str) -> None:
+    text = LAYER.replace("BEHIND", behind).replace("return %y", f'return {"%z" if behind else "%0"} as "y"')
+    graph = RangeAnalysis().run(parse(text), PassContext())
+    after, context = repaired(graph, chip(""), Repair.NARROW)
+    assert is_free(after)
+    assert "the weights of 1 of 2 channels were narrowed, by " in str(context.notes)
+    (new,), (old,) = ([op for op in g.ops if isinstance(op, Accumulating)] for g in (after, graph))
+    before, found = (g.constants[o.operands[1]].data.astype(int) for g, o in ((graph, old), (after, new)))
+    np.testing.assert_array_equal(found[:, 1], before[:, 1])
+    cut = np.abs(before[:, 0]) - np.abs(found[:, 0])
+    assert int(cut.min()) > 0
+    assert int(np.ptp(cut)) <= 1
+    reach = int(np.abs(found[:, 0]).sum()) << 15
+    assert reach <= (1 << 31) < reach + (2 << 15)  # no unit more would fit
 
 
 def test_saturation_is_the_last_resort() -> None:
@@ -202,7 +253,7 @@ def test_the_first_rung_that_serves_is_taken() -> None:
     def rungs(target: Target, repair: Repair, *skip: Repair) -> list[str]:
         context = PassContext(target)
         InsertSaturation(repair, skip).run(graph, context)
-        words = {"became s24": "widen", "was cut into": "split", "narrowed": "narrow", "saturate": "saturate"}
+        words = {"became s24": "widen", "was cut into": "split", "halved": "narrow", "saturate": "saturate"}
         notes = [n for n in context.notes if "take " in n]
         return sorted({name for note in notes for words_in, name in words.items() if words_in in note})
 
@@ -289,7 +340,12 @@ def test_a_product_or_a_bias_that_does_not_fit_alone_is_neither_split_nor_narrow
     bias = narrow.replace(
         "%0 = matmul %x, %w {", "%b = const {value=s32 2 [1, 9000000]} : 2 x s32\n  %0 = matmul %x, %w, %b {"
     )
-    after, _ = repaired(parse(bias), chip(""), Repair.NARROW)
+    after, context = repaired(parse(bias), chip(""), Repair.NARROW)
+    assert is_free(after)  # the bias is halved, too
+    assert "their factors doubled" in str(context.notes)
+    after, _ = repaired(
+        parse(bias.replace("%y = ", "%unread = ").replace("return %y", 'return %0 as "y"')), chip(""), Repair.NARROW
+    )
     assert not is_free(after)
     after, context = repaired(parse(bias), chip(""), Repair.SATURATE)
     assert [op.overflow for op in layers(after)] == [Overflow.SATURATE]
