@@ -42,14 +42,15 @@ def make_certificate(graph: Graph, proof: Proof, graph_sha256: str, weights_sha2
     for value in graph.values():
         if value in proof.bounds:
             op = producers.get(value)
-            follows = _follows(op if op in proof.steps else None)
+            follows = _follows(op, proof.steps[op]) if op is not None and op in proof.steps else _follows(None)
             parts["values"][value.name] = follows | _bounds(proof.bounds[value])
     for op, step in proof.steps.items():
         name = op.results[0].name
         if isinstance(op, Accumulating):
             parts["accumulators"][name] = _accumulator(op, step)
         for lane, interval in _lanes(op, step):
-            parts["lanes"][f"{name}:{lane}"] = _follows(op) | _bounds(Bounds.of(interval.lo, interval.hi))
+            follows = _follows(op, step if lane == "unsaturated" else None)
+            parts["lanes"][f"{name}:{lane}"] = follows | _bounds(Bounds.of(interval.lo, interval.hi))
     head = {"format": FORMAT, "version": VERSION, "graph_sha256": graph_sha256, "weights_sha256": weights_sha256}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     for part, entries in parts.items():
@@ -58,7 +59,9 @@ def make_certificate(graph: Graph, proof: Proof, graph_sha256: str, weights_sha2
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _follows(op: Op | None) -> Entry:
+def _follows(op: Op | None, step: OpBounds | None = None) -> Entry:
+    if step is not None and step.sources:
+        return {"rule": "affine", "inputs": [*step.sources]}
     return {"rule": op.mnemonic if op else "type", "inputs": [v.name for v in op.operands] if op else []}
 
 
@@ -70,7 +73,7 @@ def _accumulator(op: Accumulating, step: OpBounds) -> Entry:
     assert step.partial is not None
     partials = step.channel_partials or Bounds.of(step.partial.lo, step.partial.hi)
     return (
-        _follows(op)
+        _follows(op, step)
         | {"type": str(op.accumulator), "overflow": str(op.overflow), "order": str(op.order)}
         | {"partial": [int(step.partial.lo), int(step.partial.hi)]}
         | {"bits": bits_of_interval(step.partial), "idle": is_idle(op, step)}

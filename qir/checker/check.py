@@ -7,6 +7,8 @@ from typing import Any
 
 from qir.checker.arithmetic import kept_ends
 from qir.checker.claims import MEND, Claim, Span, between, channels, holds, hull, read_claims, text_of
+from qir.checker.correlated import tightened
+from qir.checker.functionals import Known
 from qir.checker.rules import image
 from qir.errors import QirError
 from qir.ir import Graph, Op, Value
@@ -30,22 +32,39 @@ def check_certificate(graph: Graph, text: str, *, graph_sha256: str, weights_sha
 
 
 class _Check:
-    """One walk over a graph. `spans` is what is stated of each value, so that one lie is one fault."""
+    """One walk over a graph. What is known is what is stated, so that one lie is one fault."""
 
     def __init__(self, graph: Graph, claims: dict[tuple[str, str], Claim]) -> None:
         self.graph, self.claims = graph, claims
         self.faults: list[str] = []
-        self.spans: dict[Value, Span] = {}
+        self.known = Known(graph)
 
     def run(self) -> list[str]:
         for value in self.graph.inputs:
             self.value(value, None, None)
         for op in self.graph.ops:
-            found, lanes = image(self.graph, op, [self.spans.get(v, []) for v in op.operands])
+            found, lanes = image(self.graph, op, [self.known.spans.get(v, []) for v in op.operands])
+            stops = self.stops(op)
+            if stops is not None:
+                found, lanes = tightened(self.known, op, (found, lanes), stops)
+            if "unsaturated" in lanes:
+                self.known.free[op.results[0]] = lanes["unsaturated"]
             for value in op.results:
                 self.value(value, op, found)
             self.registers(op, lanes)
         return self.faults + [f"{part} {name!r}: the graph has no such thing; {MEND}" for part, name in self.claims]
+
+    def stops(self, op: Any) -> set[str] | None:
+        """The names of the values that some claim of an op is said to be an affine function of; None: of none."""
+        names = [("values", op.results[0].name), ("accumulators", op.results[0].name)]
+        claims = [self.claims.get(key) for key in (*names, ("lanes", f"{op.results[0].name}:unsaturated"))]
+        found = [
+            c.facts["inputs"]
+            for c in claims
+            if c is not None and c.facts.get("rule") == "affine" and "inputs" in c.facts
+        ]
+        listed = [n for inputs in found if isinstance(inputs, list) for n in inputs if isinstance(n, str)]
+        return set(listed) if found else None
 
     def value(self, value: Value, op: Op | None, found: Span | None) -> None:
         storage, claim = storage_of(value.type.element), self.claims.get(("values", value.name))
@@ -55,7 +74,7 @@ class _Check:
             op, found = None, [between(storage.lo, storage.hi)]
         found = found if value.type.sample_size else []  # of what has no elements anything is true
         width = value.type.concrete(1)[-1] if value.type.rank else 1
-        span = self.spans[value] = self.claim("values", value.name, op, found, width)
+        span = self.known.spans[value] = self.claim("values", value.name, op, found, width)
         if value.type.sample_size:
             self.fit(f"%{value.name}: its type", storage, span)
         if value.range is not None:
@@ -67,6 +86,7 @@ class _Check:
         for lane, found in lanes.items():
             part, key = ("accumulators", name) if lane == "partial" else ("lanes", f"{name}:{lane}")
             lanes[lane] = self.claim(part, key, op, found, len(found))
+        self.known.lanes[op.results[0]] = lanes
         if getattr(op, "partial", None) is not None:
             self.fit(f"%{name}: the bound of its partial sums in the text", op.partial, lanes.get("partial"))
         bits = getattr(op, "channel_bits", None)
@@ -84,6 +104,8 @@ class _Check:
         """The span stated under a name, which is a fault unless it holds what follows by `op`; the latter for none."""
         stated = self.claims.pop((part, name), None)
         facts = {"rule": op.mnemonic if op else "type", "inputs": [v.name for v in op.operands] if op else []}
+        if stated is not None and op is not None and stated.facts.get("rule") == "affine" and self.are_known(stated):
+            facts = {"rule": "affine", "inputs": stated.facts["inputs"]}
         if part == "accumulators" and stated is not None:
             (lo, hi), (least, most) = hull(stated.span), kept_ends(op.accumulator, op.overflow)
             facts |= {"type": str(op.accumulator), "overflow": op.overflow, "order": op.order}
@@ -98,6 +120,11 @@ class _Check:
         if fault:
             self.faults.append(f"{part} {name!r}: {fault} what follows, {text_of(found)}; {MEND}")
         return stated.span
+
+    def are_known(self, claim: Claim) -> bool:
+        """Whether the inputs of a claim are values of the graph that something is stated of."""
+        inputs, names = claim.facts.get("inputs"), {v.name for v in self.known.spans}
+        return isinstance(inputs, list) and all(isinstance(name, str) and name in names for name in inputs)
 
     def fit(self, place: str, room: Any, span: Span | None) -> None:
         """A fault unless `room` holds what is certified."""

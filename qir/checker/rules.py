@@ -57,26 +57,29 @@ def _moved(op: Any, spans: Sequence[Span]) -> Span:
         shape = value.type.concrete(1)
         arrays.append(np.broadcast_to(np.arange(len(span)) + len(parts), shape or (1,)).reshape(shape))
         parts += span
+    found = _columns(moved(op, arrays, len(parts)))
+    parts += [range(op.value, op.value + 1)] if op.mnemonic == "pad" else []
+    return [union([parts[i] for i in np.unique(column)]) for column in found]
+
+
+def moved(op: Any, arrays: Sequence[Any], fill: int = 0) -> Any:
+    """What an op that moves elements makes of arrays; `fill` is where it pads."""
+    first = arrays[0]
     match op.mnemonic:
         case "reshape":
-            moved = arrays[0].reshape(op.results[0].type.concrete(1))
+            return first.reshape(op.results[0].type.concrete(1))
         case "transpose":
-            moved = arrays[0].transpose(op.perm)
+            return first.transpose(op.perm)
         case "concat":
-            moved = np.concatenate(arrays, op.axis)
+            return np.concatenate(arrays, op.axis)
         case "slice":
-            moved = arrays[0]
             for start, end, axis, step in zip(op.starts, op.ends, op.axes, op.steps, strict=True):
-                moved = np.take(moved, range(start, end, step), axis)
+                first = np.take(first, range(start, end, step), axis)
+            return first
         case "gather":
-            moved = np.take(arrays[0], op.indices.data, op.axis)
-        case _:
-            rank = arrays[0].ndim
-            moved = np.pad(
-                arrays[0], [(op.pads[i], op.pads[rank + i]) for i in range(rank)], constant_values=len(parts)
-            )
-            parts.append(range(op.value, op.value + 1))
-    return [union([parts[i] for i in np.unique(column)]) for column in _columns(moved)]
+            return np.take(first, op.indices.data, op.axis)
+    widths = [(op.pads[i], op.pads[first.ndim + i]) for i in range(first.ndim)]
+    return np.pad(first, widths, constant_values=fill)
 
 
 def _columns(array: Any) -> Any:
@@ -151,4 +154,4 @@ def _narrowed(op: Any, free: Span, storage: Any, lanes: dict[str, Span]) -> Imag
     for r, lo, hi in zip(free, *cut(ends_of(free, 0), ends_of(free, -1), storage, op.overflow), strict=True):
         at_bound = (lo, hi) == (r[0], r[-1]) or op.overflow in ("saturate", "saturate_symmetric", "none")
         result.append(between(lo, hi, math.gcd(step_of(r), lo - r[0], hi - r[-1]) if at_bound else 1))
-    return result, lanes | {"unsaturated": [between(*hull(free))]}
+    return result, lanes | {"unsaturated": free}

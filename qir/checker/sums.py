@@ -61,21 +61,29 @@ def _layer(graph: Graph, op: Any, spans: Sequence[Span]) -> _Layer:
         x, taps = [union(x)] if x and len(shape) - 1 in op.axes else x, math.prod(shape[a] for a in op.axes)
         return _Layer((len(x), 1, taps, 1), x, [np.ones((1, 1, 1, 1), np.int64)], np.ones((1, taps), bool))
     weight, is_conv = op.operands[1], op.mnemonic == "conv2d"
-    kind, data = weight.type, graph.constants.get(weight)
+    kind = weight.type
     size, place, real = (1, kind.shape[-1], 1, shape[-1]), (1, -1, 1, 1), np.ones((1, 1), bool)
     if is_conv:
         size = (op.groups, kind.shape[0] // op.groups, kind.shape[1] * kind.shape[2], kind.shape[3])
         rows, columns = (_taps(op, a, shape[1 + a], kind.shape[1 + a]) for a in range(2))
         real, place = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, size[2]), (1, 1, 1, -1)
-    if data is None or not (is_conv or kind.rank == 2):
+    whole = constant_weights(graph, op)
+    if whole is None:
         ends = centred(weight, spans[1])
         return _Layer(size, x, [ends_of(ends, end).reshape(place) for end in (0, -1)], real)
-    axis = getattr(kind.element, "axis", None)
-    zeros = zero_array(kind.element).reshape([-1 if i == axis else 1 for i in range(kind.rank)])
-    storage = storage_of(kind.element)
-    dtype: Any = np.int64 if storage is not None and storage.bits < 61 else object
-    whole = data.data.astype(dtype) - zeros
     return _Layer(size, x, [(whole if is_conv else whole.T).reshape(size)], real)
+
+
+def constant_weights(graph: Graph, op: Any) -> Any:
+    """The weights of a sum, centred: [outputs, kh, kw, inputs] or [inputs, outputs]; None where they vary."""
+    weight = op.operands[1] if len(op.operands) > 1 else None
+    data = graph.constants.get(weight) if weight is not None else None
+    if weight is None or data is None or not (op.mnemonic == "conv2d" or weight.type.rank == 2):
+        return None
+    storage, axis = storage_of(weight.type.element), getattr(weight.type.element, "axis", None)
+    zeros = zero_array(weight.type.element).reshape([-1 if i == axis else 1 for i in range(weight.type.rank)])
+    dtype: Any = np.int64 if storage is not None and storage.bits < 61 else object
+    return data.data.astype(dtype) - zeros
 
 
 def _taps(op: Any, axis: int, size: int, kernel: int) -> Any:

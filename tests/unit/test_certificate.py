@@ -152,6 +152,7 @@ def test_the_checker_shares_no_code_with_the_prover() -> None:
         "__future__",
         "collections",
         "dataclasses",
+        "fractions",
         "functools",
         "itertools",
         "json",
