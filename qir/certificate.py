@@ -11,7 +11,8 @@
   (`shifted`), a result before it is narrowed (`unsaturated`), the sum of a pooling window (`sum`).
 
 Bounds are integers, or lists of one for each index of the last axis. `rule` is the op that makes them from the bounds
-of `inputs`; the rule `type` says that nothing is known but the type.
+of `inputs`; `affine` says that they follow from a linear function of `inputs`, which may lie further back, and `type`
+that nothing is known but the type.
 """
 
 from __future__ import annotations

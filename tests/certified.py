@@ -19,7 +19,9 @@ from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
 from qir.ops.accumulate import Accumulating
 from qir.parser import parse
-from qir.proof import Proof, overflow_room, prove
+from qir.pass_manager import PassContext, Pipeline
+from qir.passes.range_analysis import RangeAnalysis
+from qir.proof import Method, Proof, overflow_room, prove
 from qir.types import storage_of
 
 Tensor = npt.NDArray[Any]
@@ -52,6 +54,36 @@ graph @rich stage=fixed (%x: Nx2x2x1 x s3[-2, 1]<0.5, zero=-1>) {
   return %c
 }
 """
+_SUM = "accumulator=s16, overflow=wrap, order=khwc"
+_CONV = f"{_SUM}, pads=[0, 0, 0, 0], strides=[1, 1], dilations=[1, 1], groups=1"
+#: Bounds that are tighter by affine forms: four times x less the sum of all, and a product of it; branches that rejoin.
+AFFINE_TEXTS = {
+    "mean": f"""
+graph @mean stage=fixed (%x: Nx2x2x1 x s3[-2, 1]<0.5, zero=-1>) {{
+  %s = reduce_sum %x {{{_SUM}, axes=[1, 2], keepdims=true}} : Nx1x1x1 x s16
+  %t = requantize %x {{multiplier=s64 [1], shift=s64 [2], form=shift, input_shift=0, rounding=floor,
+    overflow=saturate}} : Nx2x2x1 x s8
+  %y = sub %t, %s {{overflow=saturate}} : Nx2x2x1 x s8
+  %w = const {{value=s8 2x1x2x1 [3, 1, -2, 2]}} : 2x1x2x1 x s3
+  %b = const {{value=s16 2 [4, -3]}} : 2 x s16
+  %z = conv2d %y, %w, %b {{{_CONV}}} : Nx2x1x2 x s16
+  return %z
+}}""",
+    "branches": f"""
+graph @branches stage=fixed (%x: Nx2x2x1 x s3[-2, 1]<0.5, zero=-1>) {{
+  %w = const {{value=s8 2x1x1x1 [3, 2]}} : 2x1x1x1 x s3
+  %v = const {{value=s8 2x1x1x1 [2, -1]}} : 2x1x1x1 x s3
+  %p = conv2d %x, %w {{{_CONV}}} : Nx2x2x2 x s16
+  %q = conv2d %x, %v {{{_CONV}}} : Nx2x2x2 x s16
+  %r = requantize %p {{multiplier=s64 [1], shift=s64 [-1], form=shift, input_shift=0, rounding=half_even,
+    overflow=saturate}} : Nx2x2x2 x s8
+  %y = sub %r, %q {{overflow=saturate}} : Nx2x2x2 x s8
+  %c = concat %y, %q {{axis=3}} : Nx2x2x4 x s8
+  %u = const {{value=s8 4x1 [1, 2, 1, -2]}} : 4x1 x s3
+  %z = matmul %c, %u {{{_SUM}}} : Nx2x2x1 x s16
+  return %z
+}}""",
+}
 HASH = "0" * 64
 
 
@@ -59,6 +91,12 @@ HASH = "0" * 64
 def rich() -> Graph:
     """The graph with the ranges that are proved."""
     return proved(parse(RICH_TEXT))
+
+
+@cache
+def affine(name: str) -> Graph:
+    """A graph with the ranges that affine forms prove."""
+    return Pipeline([RangeAnalysis(method=Method.AFFINE)]).run(parse(AFFINE_TEXTS[name]), PassContext())
 
 
 def every_input(graph: Graph) -> dict[str, Tensor]:

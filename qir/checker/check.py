@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from qir.checker.arithmetic import kept_ends
-from qir.checker.claims import MEND, Claim, Span, between, channels, holds, hull, read_claims, text_of
+from qir.checker.claims import MEND, Claim, Image, Span, between, channels, holds, hull, read_claims, text_of
 from qir.checker.correlated import tightened
 from qir.checker.functionals import Known
 from qir.checker.rules import image
@@ -38,6 +38,7 @@ class _Check:
         self.graph, self.claims = graph, claims
         self.faults: list[str] = []
         self.known = Known(graph)
+        self.tight: Image = (None, {})
 
     def run(self) -> list[str]:
         for value in self.graph.inputs:
@@ -45,10 +46,9 @@ class _Check:
         for op in self.graph.ops:
             found, lanes = image(self.graph, op, [self.known.spans.get(v, []) for v in op.operands])
             stops = self.stops(op)
-            if stops is not None:
-                found, lanes = tightened(self.known, op, (found, lanes), stops)
+            self.tight = (found, lanes) if stops is None else tightened(self.known, op, (found, lanes), stops)
             if "unsaturated" in lanes:
-                self.known.free[op.results[0]] = lanes["unsaturated"]
+                self.known.free[op.results[0]] = self.tight[1]["unsaturated"]
             for value in op.results:
                 self.value(value, op, found)
             self.registers(op, lanes)
@@ -106,6 +106,8 @@ class _Check:
         facts = {"rule": op.mnemonic if op else "type", "inputs": [v.name for v in op.operands] if op else []}
         if stated is not None and op is not None and stated.facts.get("rule") == "affine" and self.are_known(stated):
             facts = {"rule": "affine", "inputs": stated.facts["inputs"]}
+            lane = "partial" if part == "accumulators" else name.rpartition(":")[2]
+            found = (self.tight[0] if part == "values" else self.tight[1].get(lane)) or found
         if part == "accumulators" and stated is not None:
             (lo, hi), (least, most) = hull(stated.span), kept_ends(op.accumulator, op.overflow)
             facts |= {"type": str(op.accumulator), "overflow": op.overflow, "order": op.order}
@@ -117,6 +119,8 @@ class _Check:
             fault = f"must state {facts} beside its bounds, not {stated.facts}, and hold"
         elif found and not all(holds(a, b) for a, b in channels(stated.span, found)):
             fault = f"states {text_of(stated.span)}, which does not hold"
+            if op is not None and op.results[0].name in self.known.skipped:
+                fault = "is affine in too many elements to be followed (use method=interval), and does not hold"
         if fault:
             self.faults.append(f"{part} {name!r}: {fault} what follows, {text_of(found)}; {MEND}")
         return stated.span

@@ -8,21 +8,22 @@ errors, until values remain that the certificate names as inputs of the rule, or
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from itertools import product
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from qir.checker.arithmetic import kept_ends
 from qir.checker.claims import Image, Span, between, hull
-from qir.checker.functionals import Functionals, Known, cuts_of, factor_order
+from qir.checker.functionals import Functionals, Known, TooMany, cuts_of, factor_order
 from qir.checker.sums import constant_weights
 from qir.ir import Op
 from qir.types import storage_of, zero_array
 
-#: Weights that one claim may take, and that are held at a time.
-_MOST_WEIGHTS, _CHUNK = 1 << 28, 1 << 22
+#: Weights that may be made for one claim, and that count at least each time.
+_MOST_WORK, _LEAST_WORK = 1 << 31, 1 << 15
+#: Elements whose functionals are followed at a time.
+_MOST_PLACES = 512
 
 
 def tightened(known: Known, op: Any, plain: Image, stops: Collection[str]) -> Image:
@@ -60,34 +61,46 @@ def _met(span: Span, ends: Sequence[tuple[int, int]] | None) -> Span:
 def _elements(known: Known, op: Any, stops: Collection[str]) -> list[tuple[int, int]] | None:
     """Ends of the exact result of each channel, from every element or from one of each kind; None: too much work."""
     value, cone = op.results[0], _cone(known, op, stops)
-    shape = value.type.concrete(1)
-    places = _places(shape, cone)
-    size = math.prod(shape) + sum(math.prod(v.type.concrete(1)) for o in cone for v in o.operands)
-    if len(places) * size > _MOST_WEIGHTS or (op.mnemonic == "mul" and not _is_factor_whole(known, op)):
+    if op.mnemonic == "mul" and not _is_factor_whole(known, op):
         return None
-    ends: list[tuple[int, int]] = []
-    for first in range(0, len(places), max(_CHUNK // size, 1)):
-        units = _units(shape, places[first : first + max(_CHUNK // size, 1)])
-        functionals = Functionals(len(units))
-        zeros = zero_array(value.type.element).reshape(-1).tolist()
-        functionals.add_ends(units, 0, [(z, z) for z in zeros])
-        functionals.expand(known, op, units, 0)
-        ends += functionals.ends(known, cone[1:])
-    return _of_channels(ends, [place[-1] for place in places], shape[-1])
+    zeros = zero_array(value.type.element).reshape(-1).tolist()
+
+    def start(functionals: Functionals, places: Any) -> None:
+        units = np.eye(len(places), dtype=np.int64)
+        functionals.add_ends(places, units, 0, [(z, z) for z in zeros])
+        functionals.expand(known, op, places, units, 0)
+
+    return _followed(known, op, cone, [start])
 
 
-def _units(shape: tuple[int, ...], places: Sequence[tuple[int, ...]]) -> Any:
-    """A weight of 1 for each of these elements."""
-    units = np.zeros((len(places), *shape), np.int64)
-    units[(np.arange(len(places)), *np.transpose(places))] = 1
-    return units
+def _followed(
+    known: Known, op: Any, cone: Sequence[Any], starts: Iterable[Callable[[Functionals, Any], None]]
+) -> list[tuple[int, int]] | None:
+    """Ends over all places and ways to start from them, of each channel; fewer places at a time where weights are many.
 
-
-def _of_channels(ends: Sequence[tuple[int, int]], channels: Sequence[int], count: int) -> list[tuple[int, int]]:
-    grouped: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-    for each, channel in zip(ends, channels, strict=True):
-        grouped[channel].append(each)
-    return [(min(e[0] for e in group), max(e[1] for e in group)) for group in grouped]
+    None for too much work.
+    """
+    count, places, work = op.results[0].type.concrete(1)[-1], _places(op, cone), 0
+    lo: list[list[int]] = [[] for _ in range(count)]
+    hi: list[list[int]] = [[] for _ in range(count)]
+    for start in starts:
+        parts = np.array_split(places, -(-len(places) // _MOST_PLACES))
+        while parts:
+            part = parts.pop()
+            functionals, ends = Functionals(len(part)), None
+            try:
+                start(functionals, part)
+                ends = functionals.ends(known, cone[1:])
+            except TooMany:
+                parts += np.array_split(part, 2)
+            work += functionals.work + _LEAST_WORK
+            if work > _MOST_WORK or (ends is None and len(part) == 1):
+                known.skipped.add(op.results[0].name)
+                return None
+            for place, (low, high) in zip(part if ends else (), ends or (), strict=True):
+                lo[place % count].append(low)
+                hi[place % count].append(high)
+    return [(min(low), max(high)) for low, high in zip(lo, hi, strict=True)]
 
 
 def _cone(known: Known, op: Op, stops: Collection[str]) -> list[Any]:
@@ -132,16 +145,19 @@ def _keeps_products(op: Any, lanes: dict[str, Span]) -> bool:
     return op.product is None or _is_inside(lanes["entering"], op.product, op.product_overflow)
 
 
-def _places(shape: tuple[int, ...], cone: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The elements whose functionals are looked at: all of them, or fewer where all ops do the same everywhere.
+def _places(op: Any, cone: Sequence[Any]) -> Any:
+    """The elements whose functionals are looked at, by channel: all, or fewer where all ops do the same everywhere.
 
     Then it is one of each channel, and those whose taps may lie on padding.
     """
-    if not all(op.operands[0].type.rank == len(shape) and _is_alike(op) for op in cone):
-        return list(np.ndindex(*shape))
-    margin = sum(max(op.pads) for op in cone if op.mnemonic == "conv2d")
-    axes = [sorted({*range(min(margin + 1, n)), *range(max(n - margin, 0), n)}) for n in shape[1:-1]]
-    return list(product((0,), *axes, range(shape[-1])))
+    shape = op.results[0].type.concrete(1)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    if all(op.operands[0].type.rank == len(shape) and _is_alike(op) for op in cone):
+        margin = sum(max(op.pads) for op in cone if op.mnemonic == "conv2d")
+        for axis, n in enumerate(shape[:-1]):
+            kept = [0] if not axis else sorted({*range(min(margin + 1, n)), *range(max(n - margin, 0), n)})
+            numbers = np.take(numbers, kept, axis)
+    return np.moveaxis(numbers, -1, 0).reshape(-1)
 
 
 def _is_alike(op: Any) -> bool:
@@ -167,28 +183,28 @@ def _partials(known: Known, op: Any, stops: Collection[str]) -> list[tuple[int, 
     is_conv, factors = op.mnemonic == "conv2d", constant_weights(known.graph, op)
     if is_conv and any(op.pads):
         return None
-    cone, shape = _cone(known, op, stops), op.results[0].type.concrete(1)
-    places, is_first = _places(shape, cone), "bias" in op.order
+    is_first, partial = "bias" in op.order, np.zeros_like(factors)
     steps = list(np.ndindex(*factors.shape[1:] if is_conv else factors.shape[:1]))
     if "ckhw" in op.order:
         steps.sort(key=lambda step: step[-1])
-    size = math.prod(shape) + sum(math.prod(v.type.concrete(1)) for o in cone for v in o.operands)
-    if len(places) * len(steps) * size > _MOST_WEIGHTS or len(places) * size > _CHUNK:
+
+    def starts() -> Iterator[Callable[[Functionals, Any], None]]:
+        for number, step in enumerate(steps, 1):
+            at = (slice(None), *step) if is_conv else step
+            partial[at] = factors[at]
+            for bias in {is_first, is_first or number == len(steps)}:  # the last sum before and after the bias comes in
+
+                def start(functionals: Functionals, places: Any, bias: bool = bias) -> None:
+                    units = np.eye(len(places), dtype=np.int64)
+                    functionals.expand(known, op, places, units, 0, partial, bias=bias)
+
+                yield start
+
+    found = _followed(known, op, _cone(known, op, stops), starts())
+    first = known.spans[op.operands[2]] if is_first and len(op.operands) > 2 else [range(1)]
+    if found is None:
         return None
-    bias = (
-        [(min(r[0], 0), max(r[-1], 0)) for r in known.spans[op.operands[2]]]
-        if is_first and len(op.operands) > 2
-        else []
-    )
-    units, partial, ends = _units(shape, places), np.zeros_like(factors), []
-    for number, step in enumerate(steps, 1):
-        at = (slice(None), *step) if is_conv else step
-        partial[at] = factors[at]
-        for with_bias in {is_first, is_first or number == len(steps)}:  # the sum before and after the bias comes in
-            functionals = Functionals(len(places))
-            functionals.expand(known, op, units, 0, partial, with_bias=with_bias)
-            ends += functionals.ends(known, cone[1:])
-    channels = [place[-1] for place in places] * (len(ends) // len(places))
-    found = _of_channels(ends, channels, shape[-1])
-    starts = (bias or [(0, 0)]) * (1 if len(bias) == len(found) else len(found))
-    return [(min(a[0], b[0], 0), max(a[1], b[1], 0)) for a, b in zip(found, starts, strict=False)]
+    return [
+        (min(lo, first[c % len(first)][0], 0), max(hi, first[c % len(first)][-1], 0))
+        for c, (lo, hi) in enumerate(found)
+    ]

@@ -1,4 +1,4 @@
-"""Functionals of the checker: weights for every element of one sample, followed backward through linear ops.
+"""Functionals of the checker: weights of elements of one sample, followed backward through linear ops.
 
 Weights are exact integers in units of 2**-scale. What an op adds beside them - roundings, clamps, constants - has ends.
 """
@@ -20,15 +20,22 @@ from qir.checker.sums import constant_weights
 from qir.ir import Graph, Value
 from qir.types import storage_of, zero_array
 
+#: Weights that functionals side by side may have.
+_MOST_AT_A_TIME = 1 << 23
+
 
 @dataclass(frozen=True)
 class Known:
-    """What is certified so far: ranges, exact results before they are narrowed a channel, and other registers."""
+    """What is certified so far: ranges, exact results before they are narrowed a channel, and other registers.
+
+    `skipped` names the values whose linear functions have too many weights to be followed.
+    """
 
     graph: Graph
     spans: dict[Value, Span] = field(default_factory=dict)
     free: dict[Value, Span] = field(default_factory=dict)
     lanes: dict[Value, dict[str, Span]] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
 
 
 def cuts_of(known: Known, op: Any) -> list[tuple[int, int]] | None:
@@ -43,30 +50,51 @@ def factor_order(graph: Graph, op: Any) -> list[Value]:
     return sorted(op.operands, key=lambda v: (v in graph.constants, -v.type.sample_size))
 
 
+class TooMany(Exception):
+    """Functionals have more weights than are followed."""
+
+
 class Functionals:
-    """Linear functions of elements, side by side: weights by value, and the ends of what is apart from them."""
+    """Linear functions side by side: of each value the places of elements, their weights [functions, places] and units.
+
+    `lo` and `hi` are the ends of what is apart from them, `work` counts the weights that were made.
+    """
 
     def __init__(self, count: int) -> None:
-        self.parts: dict[Value, tuple[Any, int]] = {}
+        self.parts: dict[Value, tuple[Any, Any, int]] = {}
         self.lo = np.array([Fraction(0)] * count, object)
         self.hi = self.lo.copy()
+        self.work = 0
 
-    def add(self, value: Value, weights: Any, scale: int) -> None:
-        """More weights of a value; all in the finer units."""
+    def add(self, value: Value, places: Any, weights: Any, scale: int) -> None:
+        """More weights of a value; all in the finer units. Places of -1 lie on padding."""
+        places, weights = places[places >= 0], weights[:, places >= 0]
         if value in self.parts:
-            other, own = self.parts[value]
+            others, known, own = self.parts[value]
             finest = max(own, scale)
-            other, weights = _times(other, 1 << (finest - own)), _times(weights, 1 << (finest - scale))
-            weights, scale = _times(other, 1, 2) + _times(weights, 1, 2), finest
-        self.parts[value] = weights, scale
+            parts = _times(known, 1 << (finest - own)), _times(weights, 1 << (finest - scale))
+            places, weights, scale = np.concatenate([others, places]), np.concatenate(parts, axis=1), finest
+        self.parts[value] = (*_merged(places, weights), scale)
 
-    def add_ends(self, weights: Any, scale: int, ends: Sequence[tuple[Any, Any]]) -> None:
+    def pull(self, value: Value, places: Any, weights: Any, factors: Any, scale: int) -> None:
+        """Weights [functions, n] of results that are sums over places [n, m] of a value, times factors."""
+        size = len(weights) * places.size
+        self.work += size
+        if size > _MOST_AT_A_TIME:
+            raise TooMany
+        spread = _times(weights[:, :, None], np.broadcast_to(factors, places.shape))
+        self.add(value, places.reshape(-1), spread.reshape(len(weights), -1), scale)
+
+    def add_ends(self, places: Any, weights: Any, scale: int, ends: Sequence[tuple[Any, Any]]) -> None:
         """What elements within ends, of all or of each channel, add."""
         if not any(map(any, ends)):
             return
-        flat = _times(weights.reshape(len(weights), -1, weights.shape[-1]), 1, weights[0].size or 1)
-        up, down = (part.sum(axis=1).astype(object) for part in (np.maximum(flat, 0), np.minimum(flat, 0)))
-        lo, hi = (np.array([Fraction(e[i]) for e in ends], object) for i in (0, 1))
+        channels = places % len(ends)
+        up, down = (
+            _merged(channels, part)[1].astype(object) for part in (np.maximum(weights, 0), np.minimum(weights, 0))
+        )
+        met = np.unique(channels)
+        lo, hi = (np.array([Fraction(ends[c][i]) for c in met], object) for i in (0, 1))
         unit = Fraction(2) ** -scale
         self.lo = self.lo + (up * lo + down * hi).sum(axis=1) * unit
         self.hi = self.hi + (up * hi + down * lo).sum(axis=1) * unit
@@ -75,16 +103,16 @@ class Functionals:
         """The integers that the functions lie between, once they are followed through the linear ops of a cone."""
         for op in cone:
             if op.results[0] in self.parts:
-                weights, scale = self.parts.pop(op.results[0])
+                places, weights, scale = self.parts.pop(op.results[0])
                 if op.mnemonic in ("requantize", "add", "sub", "mul"):
-                    self.add_ends(weights, scale, cuts_of(known, op) or [])
-                self.expand(known, op, weights, scale)
-        for value, (weights, scale) in self.parts.items():
-            self.add_ends(weights, scale, [(r[0], r[-1]) for r in centred(value, known.spans[value])])
+                    self.add_ends(places, weights, scale, cuts_of(known, op) or [])
+                self.expand(known, op, places, weights, scale)
+        for value, (places, weights, scale) in self.parts.items():
+            self.add_ends(places, weights, scale, [(r[0], r[-1]) for r in centred(value, known.spans[value])])
         return [(math.ceil(lo), math.floor(hi)) for lo, hi in zip(self.lo, self.hi, strict=True)]
 
     def expand(
-        self, known: Known, op: Any, weights: Any, scale: int, factors: Any = None, *, with_bias: bool = True
+        self, known: Known, op: Any, places: Any, weights: Any, scale: int, factors: Any = None, *, bias: bool = True
     ) -> None:
         """Weights of the exact centred result of a linear op as weights of its centred operands.
 
@@ -92,108 +120,107 @@ class Functionals:
         """
         match op.mnemonic:
             case "conv2d" | "matmul" | "reduce_sum":
-                if with_bias and len(op.operands) > 2:
-                    self.add_ends(weights, scale, [(r[0], r[-1]) for r in known.spans[op.operands[2]]])
-                self._summed(op, weights, scale, constant_weights(known.graph, op) if factors is None else factors)
+                if bias and len(op.operands) > 2:
+                    self.add_ends(places, weights, scale, [(r[0], r[-1]) for r in known.spans[op.operands[2]]])
+                self._summed(
+                    op, places, weights, scale, constant_weights(known.graph, op) if factors is None else factors
+                )
             case "requantize":
-                self._rescaled(known, op, weights, scale)
+                self._rescaled(known, op, places, weights, scale)
             case "add" | "sub" | "mul":
                 zeros = zero_array(op.results[0].type.element).reshape(-1).tolist()
-                self.add_ends(weights, scale, [(-z, -z) for z in zeros])
+                self.add_ends(places, weights, scale, [(-z, -z) for z in zeros])
                 if op.mnemonic == "mul":
-                    self._multiplied(known, op, weights, scale)
+                    self._multiplied(known, op, places, weights, scale)
                     return
                 for sign, value in zip((1, 1 if op.mnemonic == "add" else -1), op.operands, strict=True):
-                    self.add(value, sign * _gathered(weights, value.type.concrete(1)), scale)
+                    numbers = _numbers(value)
+                    spread = np.broadcast_to(numbers, op.results[0].type.concrete(1)).reshape(-1)
+                    self.pull(value, spread[places][:, None], weights, sign, scale)
             case _:
-                self._moved(op, weights, scale)
+                numbers, first = [], 0
+                for value in op.operands:
+                    numbers.append(_numbers(value) + first)
+                    first += numbers[-1].size
+                taken = moved(op, numbers).reshape(-1)[places]
+                for value, own in zip(op.operands, numbers, strict=True):
+                    inside = (taken >= own.min(initial=first)) & (taken <= own.max(initial=-1))
+                    self.pull(value, np.where(inside, taken - own.min(initial=first), -1)[:, None], weights, 1, scale)
 
-    def _moved(self, op: Any, weights: Any, scale: int) -> None:
-        sizes = [math.prod(v.type.concrete(1)) for v in op.operands]
-        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        shaped = [part.reshape(v.type.concrete(1)) for part, v in zip(parts, op.operands, strict=True)]
-        flat = np.zeros((len(weights), sum(sizes)), weights.dtype)
-        np.add.at(flat.T, moved(op, shaped).reshape(-1), weights.reshape(len(weights), -1).T)
-        for part, value in zip(parts, op.operands, strict=True):
-            self.add(value, flat[:, part].reshape(len(weights), *(value.type.concrete(1) or (1,))), scale)
-
-    def _rescaled(self, known: Known, op: Any, weights: Any, scale: int) -> None:
+    def _rescaled(self, known: Known, op: Any, places: Any, weights: Any, scale: int) -> None:
         value = op.operands[0]
         reach = max(map(abs, hull(centred(value, known.spans[value])))) << op.input_shift
         factors, ends = zip(*(_factor(op, i, reach) for i in range(op.multiplier.size)), strict=True)
-        self.add_ends(weights, scale, ends)
+        self.add_ends(places, weights, scale, ends)
         powers = [f.denominator.bit_length() - 1 for f in factors]
-        mantissas = np.array([f.numerator << (max(powers) - p) for f, p in zip(factors, powers, strict=True)], object)
-        self.add(value, _times(weights, mantissas), scale + max(powers) - op.input_shift)
+        by = np.array([f.numerator << (max(powers) - p) for f, p in zip(factors, powers, strict=True)], object)
+        self.pull(value, places[:, None], weights, by[places % len(by)][:, None], scale + max(powers) - op.input_shift)
 
-    def _multiplied(self, known: Known, op: Any, weights: Any, scale: int) -> None:
+    def _multiplied(self, known: Known, op: Any, places: Any, weights: Any, scale: int) -> None:
         """An operand times the middle of the other's range, off by half its width times the operand's reach."""
         value, other = factor_order(known.graph, op)
-        by = centred(other, known.spans[other])
+        ranges = centred(other, known.spans[other])
         reach = max(map(abs, hull(centred(value, known.spans[value]))))
-        self.add_ends(weights, scale + 1, [(-reach * (r[-1] - r[0]), reach * (r[-1] - r[0])) for r in by])
-        self.add(value, _times(weights, np.array([r[0] + r[-1] for r in by], object)), scale + 1)
+        self.add_ends(places, weights, scale + 1, [(-reach * (r[-1] - r[0]), reach * (r[-1] - r[0])) for r in ranges])
+        by = np.array([r[0] + r[-1] for r in ranges], object)
+        self.pull(value, places[:, None], weights, by[places % len(by)][:, None], scale + 1)
 
-    def _summed(self, op: Any, weights: Any, scale: int, factors: Any) -> None:
+    def _summed(self, op: Any, places: Any, weights: Any, scale: int, factors: Any) -> None:
         x, shift = op.operands[0], op.product_shift or 0
-        shape = x.type.concrete(1)
+        numbers, outputs = _numbers(x), op.results[0].type.concrete(1)[-1:]
         if op.mnemonic == "reduce_sum":
-            count, kept = math.prod(shape[a] for a in op.axes), [1 if a in op.axes else n for a, n in enumerate(shape)]
-            found = np.broadcast_to(weights.reshape(len(weights), *kept), (len(weights), *shape))
+            axes = range(len(op.axes))
+            rows = (
+                np.moveaxis(numbers, op.axes, axes).reshape(math.prod(numbers.shape[a] for a in op.axes), -1).T[places]
+            )
+            by = 1
         elif op.mnemonic == "matmul":
-            count = len(factors)
-            found = _times(weights, 1, factors.shape[1] * int(np.abs(factors).max(initial=1))) @ factors.T
+            rows, by = numbers.reshape(-1, len(factors))[places // outputs[0]], factors.T[places % outputs[0]]
         else:
-            count, found = factors[0].size, _transposed(op, weights, factors)
+            rows, by = _taps_of(op, numbers, places), factors.reshape(len(factors), -1)[places % outputs[0]]
         if shift < 0:
             low, high = _lost(op.rounding, -shift)
-            self.add_ends(weights, scale, [(count * low, count * high)])
-        self.add(x, found, scale - shift)
+            self.add_ends(places, weights, scale, [(rows.shape[1] * low, rows.shape[1] * high)])
+        self.pull(x, rows, weights, by, scale - shift)
 
 
-def _times(weights: Any, factor: Any, terms: int = 1) -> Any:
+def _numbers(value: Value) -> Any:
+    """The numbers of a sample's elements, in its shape."""
+    shape = value.type.concrete(1)
+    return np.arange(math.prod(shape)).reshape(shape)
+
+
+def _merged(places: Any, weights: Any) -> tuple[Any, Any]:
+    """Each place once, with the sum of its weights."""
+    unique, first, counts = np.unique(places, return_index=True, return_counts=True)
+    if len(unique) == len(places):
+        return unique, weights[:, first]
+    order = np.argsort(places, kind="stable")
+    starts = np.cumsum(counts) - counts
+    return unique, np.add.reduceat(_times(weights, 1, int(counts.max()))[:, order], starts, axis=1)
+
+
+def _taps_of(op: Any, numbers: Any, places: Any) -> Any:
+    """The elements that results of a convolution read, in the order of its weights; -1 on padding."""
+    _, height, width, _ = numbers.shape
+    outputs, rows, columns, inputs = op.operands[1].type.shape
+    sample, y, x, channel = np.unravel_index(places, op.results[0].type.concrete(1))
+    row, column, place = np.indices((rows, columns, inputs)).reshape(3, -1)
+    y = y[:, None] * op.strides[0] - op.pads[0] + row * op.dilations[0]
+    x = x[:, None] * op.strides[1] - op.pads[1] + column * op.dilations[1]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    own = (channel // (outputs // op.groups) * inputs)[:, None] + place
+    return np.where(inside, numbers[sample[:, None], np.where(inside, y, 0), np.where(inside, x, 0), own], -1)
+
+
+def _times(weights: Any, factors: Any, terms: int = 1) -> Any:
     """The product, in Python ints unless int64 holds it and sums of so many like it."""
     largest = max(-int(weights.min(initial=0)), int(weights.max(initial=0)))
-    by = max(map(abs, np.reshape(factor, -1).tolist()), default=0)
-    if weights.dtype == object or largest * by * terms >= 1 << 62:
-        return weights.astype(object) * factor
-    return weights if isinstance(factor, int) and factor == 1 else weights * np.asarray(factor, np.int64)
-
-
-def _gathered(weights: Any, shape: tuple[int, ...]) -> Any:
-    """The weights of an operand that is broadcast."""
-    flat = _times(weights, 1, weights[0].size or 1)
-    lead = flat.ndim - 1 - len(shape)
-    flat = flat.sum(axis=tuple(range(1, 1 + lead))) if lead else flat
-    axes = tuple(1 + a for a, n in enumerate(shape) if n == 1 and flat.shape[1 + a] != 1)
-    flat = flat.sum(axis=axes, keepdims=True) if axes else flat
-    return flat if shape else flat.reshape(-1, 1)
-
-
-def _transposed(op: Any, weights: Any, factors: Any) -> Any:
-    """A convolution backward: weights of the results [B, N, Ho, Wo, O] as weights of the operand."""
-    samples, height, width, channels = op.operands[0].type.concrete(1)
-    outputs, rows, columns, per = factors.shape
-    weights = _times(weights, 1, factors.size * int(np.abs(factors).max(initial=1)))
-    high, wide = weights.shape[2:4]
-    grouped = weights.reshape(-1, high, wide, op.groups, 1, outputs // op.groups)
-    kernel = factors.reshape(op.groups, outputs // op.groups, rows, columns, per).astype(weights.dtype)
-    ends = [
-        (n - 1) * s + (k - 1) * d + 1
-        for n, s, k, d in zip((high, wide), op.strides, (rows, columns), op.dilations, strict=True)
-    ]
-    sizes = [max(end, pad + n) for end, pad, n in zip(ends, op.pads[:2], (height, width), strict=True)]
-    found = np.zeros((len(grouped), *sizes, channels), weights.dtype)
-    for i, j in np.ndindex(rows, columns):
-        y, x = i * op.dilations[0], j * op.dilations[1]
-        place = found[
-            :,
-            y : y + (high - 1) * op.strides[0] + 1 : op.strides[0],
-            x : x + (wide - 1) * op.strides[1] + 1 : op.strides[1],
-        ]
-        place += (grouped @ kernel[:, :, i, j]).reshape(place.shape)
-    found = found[:, op.pads[0] : op.pads[0] + height, op.pads[1] : op.pads[1] + width]
-    return found.reshape(-1, samples, height, width, channels)
+    by = np.asarray(factors, object) if isinstance(factors, int) else factors
+    most = max(-int(by.min(initial=0)), int(by.max(initial=0))) if by.size else 0
+    if weights.dtype == object or largest * most * terms >= 1 << 62:
+        return weights.astype(object) * by.astype(object)
+    return weights if isinstance(factors, int) and factors == 1 else weights * by.astype(np.int64)
 
 
 def _lost(rounding: str, bits: int) -> tuple[Fraction, Fraction]:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from certified import certificate, changed, every_input, faults_of, numbers, proof_of, proof_of_text, proof_with, rich
-from hypothesis import assume, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from property.fixed_graphs import MAKERS, cases
 from property.recorder import Unsound, check_soundness
+from property.soundness_graphs import Model, models
 from property.test_bounds import chains
 
 from qir.arrays import Array
@@ -19,7 +20,7 @@ from qir.fixed_point import Overflow, Rounding
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import Accumulating, Order
-from qir.proof import false_claims, prove
+from qir.proof import Method, false_claims, overflow_room, prove
 from qir.types import AffineType, IntegerType, TensorType, storage_of
 from qir.verifier import find_faults
 
@@ -35,6 +36,44 @@ def test_the_checker_agrees_on_every_op(kind: str, data: st.DataObject) -> None:
 @given(graph=chains())
 def test_the_checker_agrees_on_bounds_that_differ_from_channel_to_channel(graph: Graph) -> None:
     assert faults_of(graph, certificate(graph)) == []
+
+
+@settings(max_examples=max(300, settings().max_examples))
+@given(case=models())
+def test_the_checker_agrees_on_models_by_either_method(case: Model) -> None:
+    for method in Method:
+        assert faults_of(case.graph, certificate(case.graph, prove(case.graph, method))) == []
+
+
+@settings(max_examples=max(150, settings().max_examples), suppress_health_check=[HealthCheck.filter_too_much])
+@given(case=models(), data=st.data())
+def test_what_is_accepted_of_an_affine_bound_holds(case: Model, data: st.DataObject) -> None:
+    """The checker may be tighter than the prover; a bound moved inward is refused, or true of all inputs tried."""
+    graph = case.graph
+    proof = prove(graph, Method.AFFINE)
+    names = sorted(op.result.name for op, step in proof.steps.items() if step.sources)
+    assume(names)
+    stated = certificate(graph, proof)
+    paths = [p for p in numbers(stated) if p[1].split(":")[0] in names and p[2] != "step"]
+    path = data.draw(st.sampled_from(paths))
+    by = data.draw(st.sampled_from([1, 2, 5, 40]))
+    tampered = changed(stated, path, lambda n: n + by if path[2] == "lo" else n - by)
+    if path[0] == "accumulators":
+        tampered = _with_facts(tampered, path[1], graph)
+    if not faults_of(graph, tampered):
+        event("accepted")
+        check_soundness(graph, case.feeds, proof_of(graph, tampered))
+
+
+def _with_facts(stated: dict[str, Any], name: str, graph: Graph) -> dict[str, Any]:
+    """The certificate with what an accumulator's entry says of its bounds made right."""
+    entry = stated["accumulators"][name]
+    lo, hi = min(entry["lo"]), max(entry["hi"])
+    op = graph.producers[graph.value(name)]
+    room = overflow_room(op)
+    assert room is not None
+    entry |= {"partial": [lo, hi], "bits": max(hi, ~lo).bit_length() + 1, "idle": room.lo <= lo and hi <= room.hi}
+    return stated
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "matmul", "reduce_sum", "requantize", "mul", "table", "layer"])

@@ -13,8 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from certified import HASH, certificate, changed, faults_of, numbers, rich
+from certified import (
+    AFFINE_TEXTS,
+    HASH,
+    affine,
+    certificate,
+    changed,
+    every_input,
+    faults_of,
+    numbers,
+    proof_of,
+    rich,
+)
 from models import PATHS, compiled
+from property.recorder import Unsound, check_soundness
 from safetensors.numpy import load_file, save_file
 from unit.test_program import NET
 
@@ -27,7 +39,7 @@ from qir.checker import check_certificate
 from qir.cli import main
 from qir.errors import QirError, VerifyError
 from qir.ops import OPS
-from qir.proof import false_claims, prove
+from qir.proof import Method, false_claims, prove
 from qir.serialization import read_graph
 
 ROOT = Path(__file__).parents[2]
@@ -324,6 +336,71 @@ def test_every_fault_is_found_and_one_lie_is_one_fault() -> None:
     del stated["accumulators"]["r"]
     faults = faults_of(rich(), stated)
     assert [fault.split(": ")[0] for fault in faults] == ["values 't'", "lanes 'p:sum'", "accumulators 'r'"]
+
+
+# Bounds by linear functions
+
+
+@pytest.mark.parametrize("name", AFFINE_TEXTS)
+def test_a_program_that_rests_on_affine_forms_is_certified(name: str, tmp_path: Path) -> None:
+    graph = affine(name)
+    assert any(false_claims(graph, prove(graph)))
+    program.Program(graph).save(tmp_path / "build")
+    assert _held(tmp_path / "build")
+    rules = {
+        entry["rule"]
+        for part in ("values", "accumulators", "lanes")
+        for entry in _stated(tmp_path / "build")[part].values()
+    }
+    assert "affine" in rules
+    assert faults_of(graph, certificate(graph))  # by intervals alone the text does not hold
+
+
+def _affine_numbers() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name in AFFINE_TEXTS:
+        stated = certificate(affine(name), prove(affine(name), Method.AFFINE))
+        for path in numbers(stated):
+            if stated[path[0]][path[1]]["rule"] == "affine" and path[2] != "step":
+                yield name, path
+
+
+@pytest.mark.parametrize(("name", "path"), list(_affine_numbers()), ids=str)
+@pytest.mark.parametrize("by", [1, 2, 3])
+def test_an_affine_bound_that_some_input_refutes_is_refused(name: str, path: tuple[Any, ...], by: int) -> None:
+    graph = affine(name)
+    tampered = changed(
+        certificate(graph, prove(graph, Method.AFFINE)), path, lambda n: n + by if path[2] == "lo" else n - by
+    )
+    if path[0] == "accumulators":
+        entry = tampered[path[0]][path[1]]
+        lo, hi = min(entry["lo"]), max(entry["hi"])
+        entry |= {"partial": [lo, hi], "bits": max(hi, ~lo).bit_length() + 1}
+    try:
+        check_soundness(graph, every_input(graph), proof_of(graph, tampered))
+    except (Unsound, QirError):  # or no interval at all
+        assert faults_of(graph, tampered)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry | {"inputs": ["nothing"]},
+        lambda entry: entry | {"inputs": "x"},
+        lambda entry: entry | {"inputs": [1]},
+        lambda entry: entry | {"inputs": ["y"]},
+        lambda entry: entry | {"inputs": ["x", "s"]},  # s is related to x, which is then not seen
+        lambda entry: entry | {"rule": "sub", "inputs": ["t", "s"]},
+        lambda entry: entry | {"rule": "type", "inputs": []},
+        lambda entry: entry | {"witness": 1},
+        lambda entry: {k: v for k, v in entry.items() if k != "inputs"},
+    ],
+)
+def test_an_affine_claim_names_what_it_follows_from(change: Callable[[Any], Any]) -> None:
+    graph = affine("mean")
+    stated = certificate(graph, prove(graph, Method.AFFINE))
+    assert stated["values"]["y"]["rule"] == "affine"
+    assert stated["values"]["y"]["inputs"] == ["x"]
+    assert faults_of(graph, changed(stated, ("values", "y"), change))
 
 
 # Changes of the text and the weights, with hashes made right
