@@ -74,7 +74,10 @@ class _Check:
             op, found = None, [between(storage.lo, storage.hi)]
         found = found if value.type.sample_size else []  # of what has no elements anything is true
         width = value.type.concrete(1)[-1] if value.type.rank else 1
-        span = self.known.spans[value] = self.claim("values", value.name, op, found, width)
+        span = self.claim("values", value.name, op, found, width)
+        room = (storage.lo, storage.hi) if value.type.sample_size else (-(1 << 62), 1 << 62)
+        is_stored = room[0] <= hull(span)[0] and hull(span)[1] <= room[1]  # else a fault, or of no element
+        self.known.spans[value] = span if is_stored else [between(storage.lo, storage.hi)]
         if value.type.sample_size:
             self.fit(f"%{value.name}: its type", storage, span)
         if value.range is not None:

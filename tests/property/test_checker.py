@@ -92,6 +92,23 @@ def test_a_number_moved_inward_is_refused(kind: str, data: st.DataObject) -> Non
     assert faults_of(graph, tampered)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+@given(data=st.data())
+def test_a_number_moved_outward_is_refused_or_stays_in_its_type(kind: str, data: st.DataObject) -> None:
+    """However far, which no arithmetic of the checker minds."""
+    graph, _ = data.draw(cases(kind))
+    stated = certificate(graph)
+    paths = [path for path in numbers(stated) if path[2] != "step"]
+    assume(paths)
+    path = data.draw(st.sampled_from(paths))
+    by = data.draw(st.sampled_from([1, 1 << 20, 1 << 80, 1 << 400]))
+    faults = faults_of(graph, changed(stated, path, lambda n: n - by if path[2] == "lo" else n + by))
+    if path[0] == "values" and by >> 70 and graph.value(path[1]).type.sample_size:
+        assert faults
+    if path[0] == "accumulators" and by >> 70:
+        assert faults  # what it says of all channels together is another
+
+
 # Changes of a graph of which every input can be tried
 
 ATTRIBUTES: dict[str, Any] = {

@@ -6,7 +6,8 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from certified import (
 from models import PATHS, compiled
 from property.recorder import Unsound, check_soundness
 from safetensors.numpy import load_file, save_file
-from unit.test_program import NET
+from unit.test_program import NET, small_net
 
 import qir
 from qir import program
@@ -37,8 +38,11 @@ from qir.backend import shipped_backends
 from qir.certificate import hold_to_certificate, make_certificate
 from qir.checker import check_certificate
 from qir.cli import main
-from qir.errors import QirError, VerifyError
+from qir.errors import CertificateError, QirError, VerifyError
+from qir.interval import Bounds
+from qir.ir import OpBounds
 from qir.ops import OPS
+from qir.ops.fixed_rescale import Requantize
 from qir.proof import Method, false_claims, prove
 from qir.serialization import read_graph
 
@@ -479,6 +483,21 @@ def test_a_program_whose_facts_do_not_hold_is_refused_before_a_kernel_is_bound(
     (build / "graph.qir").write_text(re.sub(r"partial in \[-\d+,", "partial in [-9,", text, count=1))
     with pytest.raises(VerifyError, match="states partial sums in"):
         qir.load(build)
+
+
+def test_a_wrong_rule_of_the_prover_does_not_pass_the_checker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Requantize.bounds
+
+    def wrong(op: Requantize, operands: Sequence[Bounds]) -> OpBounds:
+        found = right(op, operands)
+        return replace(found, results=(found.results[0].clamp(-100, 100),))
+
+    monkeypatch.setattr(Requantize, "bounds", wrong)
+    graph = small_net()
+    program.Program(graph).save(tmp_path / "build")  # it believes itself
+    with pytest.raises(CertificateError, match=r"values 'scaled0': states \[-100, 100\]") as raised:
+        hold_to_certificate(graph, tmp_path / "build" / "graph.qir")
+    assert str(raised.value).count("\n") == 2  # the rule is wrong of two values, and of nothing else
 
 
 # On the command line
