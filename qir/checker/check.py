@@ -45,7 +45,7 @@ class _Check:
             self.value(value, None, None)
         for op in self.graph.ops:
             found, lanes = image(self.graph, op, [self.known.spans.get(v, []) for v in op.operands])
-            stops = self.stops(op)
+            stops = self.stops(op, found, lanes)
             self.tight = (found, lanes) if stops is None else tightened(self.known, op, (found, lanes), stops)
             if "unsaturated" in lanes:
                 self.known.free[op.results[0]] = self.tight[1]["unsaturated"]
@@ -54,17 +54,22 @@ class _Check:
             self.registers(op, lanes)
         return self.faults + [f"{part} {name!r}: the graph has no such thing; {MEND}" for part, name in self.claims]
 
-    def stops(self, op: Any) -> set[str] | None:
-        """The names of the values that some claim of an op is said to be an affine function of; None: of none."""
-        names = [("values", op.results[0].name), ("accumulators", op.results[0].name)]
-        claims = [self.claims.get(key) for key in (*names, ("lanes", f"{op.results[0].name}:unsaturated"))]
-        found = [
-            c.facts["inputs"]
-            for c in claims
-            if c is not None and c.facts.get("rule") == "affine" and "inputs" in c.facts
-        ]
-        listed = [n for inputs in found if isinstance(inputs, list) for n in inputs if isinstance(n, str)]
-        return set(listed) if found else None
+    def stops(self, op: Any, found: Span | None, lanes: dict[str, Span]) -> set[str] | None:
+        """The names of the values that claims which do not follow from the operands are affine functions of, if any."""
+        name, names = op.results[0].name, set[str]()
+        places = (("values", name, found), ("accumulators", name, lanes.get("partial")))
+        for part, key, plain in (*places, ("lanes", f"{name}:unsaturated", lanes.get("unsaturated"))):
+            claim = self.claims.get((part, key))
+            if claim is None or claim.facts.get("rule") != "affine" or not self.are_known(claim):
+                continue
+            if (
+                plain
+                and len(claim.span) in (1, len(plain))
+                and all(holds(a, b) for a, b in channels(claim.span, plain))
+            ):
+                continue
+            names.update(claim.facts["inputs"])
+        return names or None
 
     def value(self, value: Value, op: Op | None, found: Span | None) -> None:
         storage, claim = storage_of(value.type.element), self.claims.get(("values", value.name))
