@@ -29,8 +29,9 @@ from qir.verifier import verify
 
 Tensor = npt.NDArray[Any]
 
-_HEADINGS = ("layer", "accumulator", "overflow", "partial sums", "bits", "slack", "attained", "verdict")
-_NUMBERS = (4, 5, 6)  # columns that hold numbers
+#: The layer comes last: its name alone may be long.
+_HEADINGS = ("accumulator", "partial sums", "bits", "slack", "attained", "verdict", "layer")
+_NUMBERS = (2, 3, 4)  # columns that hold numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +84,18 @@ class LayerCheck:
 
     @property
     def verdict(self) -> str:
-        """What is proved, or what happens instead."""
-        op, sources = self.op, ", by what cancels" if self.bounds.sources else ""
-        found = f"proved free of overflow{sources}"
+        """What is said of the layer's sums."""
+        return "proved" if self.is_proved else "MAY OVERFLOW"
+
+    def remarks(self) -> Iterator[str]:
+        """What the proof rests on beside the layer, a sum that overflows, and what becomes of products."""
+        op, found = self.op, self.counterexample
+        if self.bounds.sources:
+            yield "bounded by what cancels between elements of its operands"
         if not self.is_proved:
-            found = "MAY OVERFLOW" if self.counterexample else "MAY OVERFLOW, but no input is known that does"
+            yield f"counterexample: {overflow_text(found)}" if found else "no input is known whose sum overflows"
         if op.product_overflow not in (None, Overflow.NONE) and not is_product_idle(op, self.bounds):
-            found += f"; products may leave {op.product}: {op.product_overflow}"
-        return found
+            yield f"products may leave {op.product}: {op.product_overflow}"
 
 
 def overflow_text(found: Reach) -> str:
@@ -216,20 +221,19 @@ def _table(layers: tuple[LayerCheck, ...]) -> Iterator[str]:
             for column, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
-        if layer is not None and layer.counterexample is not None:
-            yield f"    counterexample: {overflow_text(layer.counterexample)}"
+        if layer is not None:
+            yield from (f"    {remark}" for remark in layer.remarks())
 
 
 def _row(layer: LayerCheck) -> tuple[str, ...]:
     op, partial = layer.op, layer.bounds.partial
     assert partial is not None
     return (
-        op.describe(),
-        str(op.accumulator),
-        str(op.overflow),
+        f"{op.accumulator} {op.overflow}",
         f"[{partial.lo}, {partial.hi}]",
         str(layer.bits),
         str(op.accumulator.bits - layer.bits),
         _ratio(layer.tightness),
         layer.verdict,
+        op.describe(),
     )
