@@ -71,7 +71,14 @@ class InsertSaturation(Pass):
             context.note(f"{len(layers) - len(open_ones)} of {len(layers)} layers are proved free of {fault}")
         for op in open_ones:
             if self.repair is not Repair.SATURATE or op.overflow not in STEPWISE:
-                context.diagnostics.append(Diagnostic(op.describe(), _warning(op, proof), "warning"))
+                message = f"{_fault(op, proof)}; {self._mend()}; qir check shows such an input"
+                context.diagnostics.append(Diagnostic(op.describe(), message, "warning"))
+
+    def _mend(self) -> str:
+        """The rungs that were not tried; there is one where a sum may still overflow, for steps can always saturate."""
+        rungs = list(Repair)
+        first, *rest = [r for r in rungs if r in self.skip or rungs.index(r) > rungs.index(self.repair)]
+        return f"repair it by insert-saturation{{repair={first}}}{', or ' * bool(rest)}{', '.join(rest)}"
 
 
 def _idle(graph: Graph, proof: Proof, context: PassContext) -> Mapping[Op, Mapping[str, Any]]:
@@ -95,13 +102,11 @@ def _idle(graph: Graph, proof: Proof, context: PassContext) -> Mapping[Op, Mappi
     return idle
 
 
-def _warning(op: Accumulating, proof: Proof) -> str:
+def _fault(op: Accumulating, proof: Proof) -> str:
+    """What sums of an op may do, in the words of a warning."""
     step, room = proof.steps.get(op), overflow_room(op)
     found = step.unsaturated if step is not None else None
     reach = f"reach [{found.lo}, {found.hi}]" if found is not None else "be anything"
     assert room is not None
     what = "saturate at a step" if op.overflow in STEPWISE else "wrap"
-    return (
-        f"its partial sums may {reach}, beyond the [{room.lo}, {room.hi}] of {op.accumulator}, and then {what}; "
-        "repair it by insert-saturation{repair=widen}, or split, narrow or saturate; qir check shows such an input"
-    )
+    return f"its partial sums may {reach}, beyond the [{room.lo}, {room.hi}] of {op.accumulator}, and then {what}"

@@ -52,8 +52,8 @@ class MinimizeAccumulators(Pass):
         target = context.need_target(self.name)
         if target.accumulator.bits is not Width.PROVED:
             raise PassError(
-                f"{target.name} has accumulators of {target.accumulator.bits} bits; state accumulator.bits = proved "
-                "where they may have any width"
+                f'{target.name} has accumulators of {target.accumulator.bits} bits; state bits = "proved" in its '
+                "table [accumulator] where they may have any width"
             )
         proof = prove_claims(graph)
         layers = [op for op in graph.ops if isinstance(op, Accumulating)]

@@ -6,6 +6,7 @@ graph.
 
 from __future__ import annotations
 
+import enum
 import re
 import time
 import typing
@@ -119,6 +120,8 @@ def _parse_option(kind: Any, text: str) -> Any:
         if text not in ("true", "false"):
             raise ValueError("expected true or false")
         return text == "true"
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum) and text not in tuple(kind):
+        raise ValueError(f"there are: {', '.join(kind)}")
     return kind(text)
 
 

@@ -87,8 +87,12 @@ class _Layer:
                 return None
         changed = _halves(rows, halvings)
         lost, touched = _lost(rows, changed << halvings[:, None]), int((halvings > 0).sum())
-        times = f"halved up to {int(halvings.max())} times and their factors doubled"
-        done = f"the weights of {touched} of {len(rows)} channels were {times}, by {lost:.1%} of their L2 norm"
+        most_often = int(halvings.max())
+        times = "once" if most_often == 1 else f"up to {most_often} times"
+        done = (
+            f"the weights of {touched} of {len(rows)} channels were halved {times} and their factors doubled, "
+            f"at {lost:.1%} of their L2 norm"
+        )
         attributes: dict[Op, Mapping[str, Any]] = {
             r: _doubled(r, halvings) for r in readers if isinstance(r, Requantize)
         }
@@ -106,7 +110,7 @@ class _Layer:
         if changed is None:
             return None
         lost, touched = _lost(rows, changed), int((rows != changed).any(axis=1).sum())
-        done = f"the weights of {touched} of {len(rows)} channels were narrowed, by {lost:.1%} of their L2 norm"
+        done = f"the weights of {touched} of {len(rows)} channels were narrowed, at {lost:.1%} of their L2 norm"
         return Replacement(self.ops(changed), done), lost
 
     def ops(self, changed: Weights, halvings: Weights | None = None) -> tuple[Op, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from qir.checker.arithmetic import kept_ends
@@ -123,8 +124,8 @@ class _Check:
         fault = ""
         if stated is None or len(stated.span) not in (1, width):
             stated, fault = Claim(found, {}), f"must be there, with one bound or {width}, and hold"
-        elif json.dumps(stated.facts, sort_keys=True) != json.dumps(facts, sort_keys=True):
-            fault = f"must state {facts} beside its bounds, not {stated.facts}, and hold"
+        elif differences := _differences(facts, stated.facts):
+            fault = f"{differences}, and must hold"
         elif found and not all(holds(a, b) for a, b in channels(stated.span, found)):
             fault = f"states {text_of(stated.span)}, which does not hold"
             if op is not None and op.results[0].name in self.known.skipped:
@@ -144,6 +145,14 @@ class _Check:
         if span is None or not room.lo <= lo <= hi <= room.hi:
             found = "nothing" if span is None else f"[{lo}, {hi}]"
             self.faults.append(f"{place} is [{room.lo}, {room.hi}], but {found} is certified; {MEND}")
+
+
+def _differences(wanted: Mapping[str, Any], stated: Mapping[str, Any]) -> str:
+    """What is not stated as it must be; to JSON 1 and true are not the same."""
+    texts = [{key: json.dumps(facts[key]) for key in facts} for facts in (wanted, stated)]
+    keys = [key for key in {**wanted, **stated} if texts[0].get(key) != texts[1].get(key)]
+    pairs = [[side.get(key, "nothing") for side in texts] for key in keys]
+    return ", ".join(f"{key} must be {must} and is {found}" for key, (must, found) in zip(keys, pairs, strict=True))
 
 
 def _fit_bits(values: range, bits: int) -> bool:

@@ -122,6 +122,20 @@ def test_a_saved_program_lies_beside_its_certificate(build: Path) -> None:
     assert _stated(build) == stated
 
 
+def test_facts_that_are_not_so_are_named(build: Path) -> None:
+    stated = _stated(build)
+    name, entry = next(iter(stated["accumulators"].items()))
+    _, most = entry["partial"]
+    entry |= {"idle": int(entry["idle"]), "partial": [0, most], "note": None}
+    _forge(build, stated)
+    with pytest.raises(CertificateError) as caught:
+        _held(build)
+    assert f"accumulators '{name}': partial must be [" in str(caught.value)
+    assert f"and is [0, {most}], idle must be true and is 1, note must be nothing and is null, and must hold" in str(
+        caught.value
+    )
+
+
 def test_a_program_without_large_constants_has_no_hash_of_them(tmp_path: Path) -> None:
     program.Program(rich()).save(tmp_path / "build")
     assert _stated(tmp_path / "build")["weights_sha256"] is None

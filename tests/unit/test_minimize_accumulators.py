@@ -151,7 +151,7 @@ def test_outputs_keep_their_type() -> None:
 
 
 def test_only_targets_of_free_widths() -> None:
-    with pytest.raises(PassError, match=r"asic has accumulators of 20 bits; state accumulator\.bits = proved"):
+    with pytest.raises(PassError, match='20 bits; state bits = "proved" in its table'):
         MinimizeAccumulators().run(parse(TEXT), PassContext(load_target("asic")))
     with pytest.raises(PassError, match="minimize-accumulators needs a target"):
         MinimizeAccumulators().run(parse(TEXT), PassContext())
