@@ -198,13 +198,16 @@ class Form:
     def plus(self, other: Form) -> Form | None:
         """The sum; what has one channel, or one position along an axis, meets all of the other's.
 
-        None where dimensions of both do not show the same axes.
+        None where dimensions of both do not show the same axes, or two dimensions would show one.
         """
         if len(self.dims) != len(other.dims) or len(self.grid) != len(other.grid):
             return None
         if any(a and b and a != b for a, b in zip(self.dims, other.dims, strict=True)):
             return None
         dims = tuple(a or b for a, b in zip(self.dims, other.dims, strict=True))
+        shown = [axis for group in dims for axis in group]
+        if len(set(shown)) < len(shown):
+            return None
         sizes = tuple(map(max, self.sizes, other.sizes))
         left, right = self._spread(sizes, dims), other._spread(sizes, dims)
         if left is None or right is None:

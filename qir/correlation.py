@@ -14,11 +14,12 @@ import numpy as np
 
 from qir.affine import Form, Source
 from qir.fixed_point import Overflow, kept_bounds
-from qir.interval import Bounds, Interval
+from qir.interval import Bounds, Interval, exact
 from qir.ir import Op, OpBounds, Value
 from qir.ops.accumulate import STEPWISE, Accumulating, centered
 from qir.ops.constant import Const
-from qir.types import storage_of, zero_array
+from qir.ops.movement import Movement
+from qir.types import TensorType, storage_of, zero_array
 
 #: A clamp that cuts off at most this share of a value's range is an error of the form; a harder one ends it.
 _MOST_CUT: Final = 4
@@ -38,7 +39,7 @@ class Correlations:
             return step
         given = [bounds[v] for v in op.operands if v in bounds]
         operands = [self._operand(v, bounds) for v in op.operands]
-        if len(given) != len(operands) or not any(operands):
+        if len(given) != len(operands) or not any(operands) or _may_move_zeros(op):
             return step
         form = op.affine(operands, given)
         if form is None:
@@ -69,7 +70,7 @@ class Correlations:
 
 def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None]:
     """The bounds of an op that narrows its exact result, or only moves elements."""
-    free = form.bounds().shifted(zero_array(op.result.type.element))
+    free = _stored(op.result.type, form.bounds())
     storage = storage_of(op.result.type.element)
     overflow = getattr(op, "overflow", None)
     assert storage is not None
@@ -82,11 +83,27 @@ def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None
     step = replace(step, unsaturated=unsaturated)
     if overflow not in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC):
         return step, None
-    cut = np.minimum(room.hi - free.hi, 0), np.maximum(room.lo - free.lo, 0)
+    past = exact(room.hi - free.hi), exact(room.lo - free.lo)
+    cut = exact(np.minimum(past[0], 0)), exact(np.maximum(past[1], 0))
     step = replace(step, results=(step.results[0].intersect(free.clamp(int(room.lo), int(room.hi))),))
     most = max(-int(cut[0].min()), int(cut[1].max()))
     is_slight = most * _MOST_CUT <= int(unsaturated.hi) - int(unsaturated.lo)
     return step, form.shifted(*cut) if is_slight else None
+
+
+def _may_move_zeros(op: Op) -> bool:
+    """Whether elements may be centred by another zero point where an op puts them than where it takes them from."""
+    return isinstance(op, Movement) and any(
+        len(set(zero_array(v.type.element).reshape(-1).tolist())) > 1 for v in (*op.operands, op.result)
+    )
+
+
+def _stored(kind: TensorType, centre: Bounds) -> Bounds:
+    """Bounds of `q` from those of `q - zero_point`."""
+    zeros = exact(zero_array(kind.element))
+    if getattr(kind.element, "axis", None) in (None, kind.rank - 1):
+        return centre.shifted(zeros)
+    return Bounds.of(centre.lo + zeros.min(), centre.hi + zeros.max())
 
 
 def _accumulated(

@@ -15,7 +15,7 @@ import numpy as np
 
 from qir.checker.arithmetic import kept_ends
 from qir.checker.claims import Image, Span, between, hull
-from qir.checker.functionals import Functionals, Known, TooMany, cuts_of, factor_order
+from qir.checker.functionals import Functionals, Known, TooMany, cuts_of, factor_order, is_clipped, zero_ends
 from qir.checker.sums import constant_weights
 from qir.ir import Op
 from qir.types import storage_of, zero_array
@@ -61,13 +61,13 @@ def _met(span: Span, ends: Sequence[tuple[int, int]] | None) -> Span:
 def _elements(known: Known, op: Any, stops: Collection[str]) -> list[tuple[int, int]] | None:
     """Ends of the exact result of each channel, from every element or from one of each kind; None: too much work."""
     value, cone = op.results[0], _cone(known, op, stops)
-    if op.mnemonic == "mul" and not _is_factor_whole(known, op):
+    if not _is_scaled(known, op):
         return None
-    zeros = zero_array(value.type.element).reshape(-1).tolist()
+    zeros = zero_ends(value)
 
     def start(functionals: Functionals, places: Any) -> None:
         units = np.eye(len(places), dtype=np.int64)
-        functionals.add_ends(places, units, 0, [(z, z) for z in zeros])
+        functionals.add_ends(places, units, 0, zeros)
         functionals.expand(known, op, places, units, 0)
 
     return _followed(known, op, cone, [start])
@@ -80,7 +80,7 @@ def _followed(
 
     None for too much work.
     """
-    count, places, work = op.results[0].type.concrete(1)[-1], _places(op, cone), 0
+    count, places, work = op.results[0].type.concrete(1)[-1], _places(known, op, cone), 0
     lo: list[list[int]] = [[] for _ in range(count)]
     hi: list[list[int]] = [[] for _ in range(count)]
     for start in starts:
@@ -126,14 +126,17 @@ def _is_linear(known: Known, op: Any) -> bool:
                 is_constant and _is_inside(lanes["partial"], op.accumulator, op.overflow) and _keeps_products(op, lanes)
             )
         case "requantize" | "add" | "sub" | "mul":
-            if op.mnemonic == "mul" and not _is_factor_whole(known, op):
-                return False
-            return "unsaturated" in lanes and cuts_of(known, op) is not None
-    return op.mnemonic in ("reshape", "transpose", "concat", "slice", "gather")
+            return _is_scaled(known, op) and "unsaturated" in lanes and cuts_of(known, op) is not None
+    is_moved = op.mnemonic in ("reshape", "transpose", "concat", "slice", "gather")
+    # Where zero points differ along an axis, an element may be centred by another one than before it is moved.
+    return is_moved and all(len({*zero_array(v.type.element).flat}) == 1 for v in (*op.operands, *op.results))
 
 
-def _is_factor_whole(known: Known, op: Any) -> bool:
-    return bool(factor_order(known.graph, op)[0].type.shape == op.results[0].type.shape)
+def _is_scaled(known: Known, op: Any) -> bool:
+    """Whether a product or requantize is a factor times each element of an operand, before it is narrowed."""
+    if op.mnemonic == "mul":
+        return bool(factor_order(known.graph, op)[0].type.shape == op.results[0].type.shape)
+    return op.mnemonic != "requantize" or not is_clipped(known, op)
 
 
 def _is_inside(span: Span, room: Any, overflow: str) -> bool:
@@ -145,14 +148,14 @@ def _keeps_products(op: Any, lanes: dict[str, Span]) -> bool:
     return op.product is None or _is_inside(lanes["entering"], op.product, op.product_overflow)
 
 
-def _places(op: Any, cone: Sequence[Any]) -> Any:
+def _places(known: Known, op: Any, cone: Sequence[Any]) -> Any:
     """The elements whose functionals are looked at, by channel: all, or fewer where all ops do the same everywhere.
 
     Then it is one of each channel, and those whose taps may lie on padding.
     """
     shape = op.results[0].type.concrete(1)
     numbers = np.arange(math.prod(shape)).reshape(shape)
-    if all(op.operands[0].type.rank == len(shape) and _is_alike(op) for op in cone):
+    if all(op.operands[0].type.rank == len(shape) and _is_alike(known, op) for op in cone):
         margin = sum(max(op.pads) for op in cone if op.mnemonic == "conv2d")
         for axis, n in enumerate(shape[:-1]):
             kept = [0] if not axis else sorted({*range(min(margin + 1, n)), *range(max(n - margin, 0), n)})
@@ -160,13 +163,16 @@ def _places(op: Any, cone: Sequence[Any]) -> Any:
     return np.moveaxis(numbers, -1, 0).reshape(-1)
 
 
-def _is_alike(op: Any) -> bool:
+def _is_alike(known: Known, op: Any) -> bool:
     """Whether an op does the same at every position, the border of a convolution apart."""
     last = op.operands[0].type.rank - 1
     match op.mnemonic:
         case "add" | "sub":
-            grids = [v.type.shape[1:-1] for v in op.operands if v.type.rank == last + 1]
-            return all(g == op.results[0].type.shape[1:-1] or set(g) <= {1} for g in grids)
+            varying = [v for v in op.operands if v not in known.graph.constants]
+            grids = [v.type.shape[1:-1] for v in varying]
+            return all(v.type.rank == last + 1 for v in varying) and all(
+                g == op.results[0].type.shape[1:-1] or set(g) <= {1} for g in grids
+            )
         case "conv2d":
             return bool(set(op.strides) == {1})
         case "reduce_sum":

@@ -50,6 +50,27 @@ def factor_order(graph: Graph, op: Any) -> list[Value]:
     return sorted(op.operands, key=lambda v: (v in graph.constants, -v.type.sample_size))
 
 
+def zero_ends(value: Value) -> list[tuple[int, int]]:
+    """Ends of the zero point of each channel; of all of them where they run along another axis than the last."""
+    zeros = zero_array(value.type.element).reshape(-1).tolist()
+    is_last = getattr(value.type.element, "axis", None) in (None, value.type.rank - 1)
+    return [(z, z) for z in zeros] if is_last else [(min(zeros), max(zeros))]
+
+
+def is_clipped(known: Known, op: Any) -> bool:
+    """Whether a requantize may reach beyond 2**62, where the floating-point forms are clipped."""
+    if op.form not in ("float32", "double_away"):
+        return False
+    return max(map(Fraction, op.multiplier.data.reshape(-1).tolist())) * _reach(known, op) >= 1 << 61
+
+
+def _reach(known: Known, op: Any) -> int:
+    """The largest magnitude of the operand of a requantize, shifted."""
+    value = op.operands[0]
+    reach: int = max(map(abs, hull(centred(value, known.spans[value])))) << op.input_shift
+    return reach
+
+
 class TooMany(Exception):
     """Functionals have more weights than are followed."""
 
@@ -128,8 +149,7 @@ class Functionals:
             case "requantize":
                 self._rescaled(known, op, places, weights, scale)
             case "add" | "sub" | "mul":
-                zeros = zero_array(op.results[0].type.element).reshape(-1).tolist()
-                self.add_ends(places, weights, scale, [(-z, -z) for z in zeros])
+                self.add_ends(places, weights, scale, [(-hi, -lo) for lo, hi in zero_ends(op.results[0])])
                 if op.mnemonic == "mul":
                     self._multiplied(known, op, places, weights, scale)
                     return
@@ -149,7 +169,7 @@ class Functionals:
 
     def _rescaled(self, known: Known, op: Any, places: Any, weights: Any, scale: int) -> None:
         value = op.operands[0]
-        reach = max(map(abs, hull(centred(value, known.spans[value])))) << op.input_shift
+        reach = _reach(known, op)
         factors, ends = zip(*(_factor(op, i, reach) for i in range(op.multiplier.size)), strict=True)
         self.add_ends(places, weights, scale, ends)
         powers = [f.denominator.bit_length() - 1 for f in factors]

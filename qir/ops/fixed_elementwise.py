@@ -56,8 +56,13 @@ class Elementwise(Op):
 
     def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The exact result less the zero point of the result's type."""
-        form, zeros = self.combined(operands, bounds), exact(zero_array(self.result.type.element))
-        return form.shifted(-zeros, -zeros) if form is not None and zeros.any() else form
+        form, kind = self.combined(operands, bounds), self.result.type
+        zeros = exact(zero_array(kind.element))
+        if form is None or not zeros.any():
+            return form
+        if getattr(kind.element, "axis", None) not in (None, kind.rank - 1):
+            return form.shifted(-zeros.max(), -zeros.min())
+        return form.shifted(-zeros, -zeros)
 
     def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The exact result from the forms and bounds of the operands; None: unknown."""

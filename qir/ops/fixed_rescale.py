@@ -228,6 +228,8 @@ class Requantize(Op):
             for m, s in zip(multipliers, shifts, strict=True)
         ]
         factors, below, above = zip(*known, strict=True)
+        if self.form in _FLOAT_FORMS and max(factors) * reach >= 1 << 61:  # beyond 2^62 they are clipped
+            return None
         return replace(form, scale=form.scale - self.input_shift).scaled(factors, (below, above))
 
     def _left_shift(self) -> Tensor:
