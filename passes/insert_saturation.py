@@ -39,6 +39,10 @@ class InsertSaturation(Pass):
     def __post_init__(self) -> None:
         if Repair.PROVE in self.skip:
             raise PassError("a proof is not skipped; skip widen, split, narrow or saturate")
+        rungs = list(Repair)
+        beyond = [r for r in self.skip if rungs.index(r) > rungs.index(self.repair)]
+        if beyond:
+            raise PassError(f"skip={beyond[0]} leaves nothing out of repair={self.repair}; skip what comes before it")
 
     @property
     def preserves_bits(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qir.errors import PassError
+from qir.errors import Diagnostic, PassError
 from qir.fixed_point import FixedPointError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
@@ -16,6 +16,7 @@ from qir.passes.lowering.context import Lowering, NoIntegerForm
 from qir.passes.lowering.rules import RULES
 from qir.rewrite import live_ops
 from qir.target import Target
+from qir.types import QuantizedType
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Legalize(Pass):
         context.note(f"{len(graph.ops)} ops became {len(fixed.ops)}, {found}")
         for reason in lowered.islands:
             context.note(reason)
+        for name, element in lowered.vanished.items():
+            message = (
+                f"nothing but zeros is left of it in {element.storage}; give it more bits, or sums a wider accumulator"
+            )
+            context.diagnostics.append(Diagnostic(f"%{name}", message, "warning"))
         return fixed
 
 
@@ -49,12 +55,14 @@ class Lowered:
     """The integer graph, ops that nothing reads included, and what in it stands for the values of the typed graph.
 
     `layouts` maps an old value, in ONNX's layout (False) or with channels last (True), to its new one; the layout that
-    its rule made comes first. `islands` says of each op that stayed in floating point why.
+    its rule made comes first. `islands` says of each op that stayed in floating point why, `vanished` has constants of
+    which nothing but zeros is left.
     """
 
     graph: Graph
     layouts: Mapping[tuple[Value, bool], Value]
     islands: tuple[str, ...]
+    vanished: Mapping[str, QuantizedType]
 
 
 def lower(graph: Graph, target: Target) -> Lowered:
@@ -81,7 +89,7 @@ def lower(graph: Graph, target: Target) -> Lowered:
         target.name,
         {**graph.attributes, **border},
     )
-    return Lowered(fixed, lowering.layouts, tuple(islands))
+    return Lowered(fixed, lowering.layouts, tuple(islands), lowering.vanished)
 
 
 def _lower(lowering: Lowering, op: Op, target: Target) -> str:

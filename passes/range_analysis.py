@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qir.calibration import Histogram
-from qir.errors import CalibrationError, PassError
+from qir.errors import CalibrationError, Diagnostic, PassError
 from qir.interval import Interval, bits_of_interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.observers import Observer, observer_from_string
@@ -85,9 +85,21 @@ class RangeAnalysis(Pass):
         widest = max((bits_of_interval(p) for op in graph.ops if (p := _partial(op, proof)) is not None), default=0)
         if widest:
             context.note(f"the widest partial sum takes {widest} bits")
+        context.diagnostics.extend(_constant_outputs(graph, proof))
         if not any(_facts(v, proof) for v in graph.values()) and not any(_sums(op, proof) for op in graph.ops):
             return graph
         return map_values(graph, lambda v: _facts(v, proof), attributes=lambda op: _sums(op, proof))
+
+
+def _constant_outputs(graph: Graph, proof: Proof) -> Iterator[Diagnostic]:
+    """A warning for each output that no input changes, which formats that leave too few bits make of a model."""
+    for value in dict.fromkeys(graph.outputs):
+        bounds = proof.bounds.get(value)
+        is_fixed = bounds is not None and bounds.lo.size and bool((bounds.lo == bounds.hi).all())
+        if is_fixed and bounds is not None and graph.inputs and value.type.sample_size:
+            message = f"is [{bounds.hull.lo}, {bounds.hull.hi}] whatever the inputs are"
+            mend = "give the values before it more bits, or finer scales"
+            yield Diagnostic(f"output %{value.name}", f"{message}; {mend}", "warning")
 
 
 def _facts(value: Value, proof: Proof) -> Mapping[str, Any]:

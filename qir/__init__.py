@@ -16,6 +16,7 @@ from qir.calibration import Calibration, Histogram
 from qir.equivalence import Equivalence
 from qir.errors import (
     CalibrationError,
+    CertificateError,
     ConformanceError,
     Diagnostic,
     ImportModelError,
@@ -67,6 +68,7 @@ __all__ = [
     "Backend",
     "Calibration",
     "CalibrationError",
+    "CertificateError",
     "Comparison",
     "ConformanceError",
     "Diagnostic",

@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qir.checker import check_certificate
 from qir.checker.claims import FORMAT, VERSION, read_claims
@@ -34,6 +34,9 @@ from qir.serialization import CERTIFICATE_FILE, sidecar_of, write_bytes
 from qir.verifier import verify
 
 Entry = dict[str, Any]
+
+#: Findings that an error lists; one lie is one finding, but another program's certificate is nothing but lies.
+_MOST_FINDINGS: Final = 20
 
 
 def make_certificate(graph: Graph, proof: Proof, graph_sha256: str, weights_sha256: str | None) -> str:
@@ -111,7 +114,9 @@ def hold_to_certificate(graph: Graph, text: Path) -> int:
     graph_sha256, weights_sha256 = _hashes(text)
     found = check_certificate(graph, certificate, graph_sha256=graph_sha256, weights_sha256=weights_sha256)
     if found:
-        lines = "".join(f"\n  {fault}" for fault in found)
+        lines = "".join(f"\n  {fault}" for fault in found[:_MOST_FINDINGS])
+        if len(found) > _MOST_FINDINGS:
+            lines += f"\n  and {len(found) - _MOST_FINDINGS} more"
         raise CertificateError(f"{path}: does not certify {text.name}, {len(found)} finding(s):{lines}")
     return len(read_claims(certificate).entries)
 

@@ -196,7 +196,8 @@ def _summary(layers: tuple[LayerCheck, ...]) -> Iterator[tuple[str, str]]:
     loud = f"; {count - proved} MAY OVERFLOW" if proved < count else ""
     yield "accumulators", f"{proved} of {count} layers proved free of overflow{loud}"
     free = sum(not layer.saturates_stepwise for layer in layers)
-    yield "", f"{free} of {count} ({_percent(Fraction(free, count))}) proved free of step-wise saturation"
+    if free == proved:  # where sums wrap instead, none saturates, which says nothing
+        yield "", f"{free} of {count} ({_percent(Fraction(free, count))}) proved free of step-wise saturation"
     known = [layer.tightness for layer in layers if layer.tightness is not None]
     if known:
         mean = _ratio(sum(known, Fraction(0)) / len(known))

@@ -291,7 +291,9 @@ class Pipeline(Sequence[Pass]):
         for index, item in enumerate(self.passes):
             try:
                 if graph.stage not in item.requires:
-                    raise PassError(f"takes stage {' or '.join(sorted(item.requires))}, the graph is at {graph.stage}")
+                    stages = " or ".join(sorted(item.requires))
+                    mend = "run the passes that lead there first, or give it a text of that stage"
+                    raise PassError(f"takes stage {stages}, the graph is at {graph.stage}; {mend}")
                 context.notes.clear()
                 warned = len(context.diagnostics)
                 context.progress(item.name, index, len(self.passes))

@@ -12,6 +12,7 @@ from qir.ops.constant import Const
 from qir.pass_manager import PassRecord, Progress, no_progress
 
 _NOTES_WIDTH = 72
+_TEXT_WIDTH = 100
 
 
 def pass_table(records: Sequence[PassRecord]) -> str:
@@ -28,9 +29,13 @@ def pass_table(records: Sequence[PassRecord]) -> str:
 
 
 def fields_text(fields: Sequence[tuple[str, str]]) -> str:
-    """Names and what they hold, in two columns."""
+    """Names and what they hold, in two columns; long texts go on below."""
     width = max(len(name) for name, _ in fields)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in fields)
+    lines = []
+    for name, text in fields:
+        wrapped = textwrap.wrap(text, _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"{'' if place else name:{width}}  {part}" for place, part in enumerate(wrapped)]
+    return "\n".join(lines)
 
 
 def constant_bytes(graph: Graph) -> int:

@@ -74,6 +74,8 @@ class Lowering(Rewriter):
         self._layouts: dict[tuple[Value, bool], Value] = {}
         self._reshaped: dict[Value, Value] = {}
         self._data: dict[Value, Array] = {}
+        self.vanished: dict[str, QuantizedType] = {}
+        """Constants, biases apart, of which nothing but zeros is left in their types."""
 
     # Values and layouts
 
@@ -348,7 +350,11 @@ class Lowering(Rewriter):
         if not isinstance(element, AffineType | FixedPointType):
             raise NoIntegerForm(f"%{old.name} has no quantized type")
         data = self.graph.constants[old].data.astype(np.float32)
-        return quantize_array(data, element, QuantizeRule.DIVIDE, rounding).astype(element.storage.dtype)
+        found = quantize_array(data, element, QuantizeRule.DIVIDE, rounding)
+        zeros = quantize_array(np.zeros_like(data), element, QuantizeRule.DIVIDE, rounding)
+        if data.ndim != 1 and data.any() and np.array_equal(found, zeros):
+            self.vanished[old.name] = element
+        return found.astype(element.storage.dtype)
 
     def constant_operand(self, old: Value, *, last: bool = False, rank: int | None = None) -> Value:
         """A constant quantized by its type; optionally with leading 1s up to `rank`, channels last."""

@@ -244,6 +244,8 @@ def _times(
     kind = fixed_point(storage, exponent)
     weights = np.full((int(rows.type.shape[-1]), 1), real, np.float32)
     integers = quantize_array(weights, kind, QuantizeRule.DIVIDE, Rounding.FLOOR)  # no mean may leave its elements
+    if not integers.any():
+        b.vanished[f"{name}.weight"] = kind
     array = Array(integers.astype(storage.dtype), f"{name}.weight")
     second = b.constant(array, TensorType(array.shape, kind), name=f"{name}.weight")
     step = np.float32(np.ldexp(1.0, exponent))

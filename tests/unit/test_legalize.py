@@ -240,3 +240,18 @@ def test_a_clip_whose_bounds_cross_gives_its_maximum() -> None:
     b = Typed()
     fixed, _ = legalized(b.graph(b.add(Clip, b.source((BATCH, 2)), minimum=3.0, maximum=1.0)))
     assert interpret(fixed, {"x0": np.array([[-9, 9]], np.int8)})["clip0"].tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize(("weight", "warns"), [(0.004, True), (0.006, False), (0.0, False)])
+def test_weights_of_which_nothing_but_zeros_is_left_are_warned_of(weight: float, warns: bool) -> None:
+    """Half of a scale of 0.01 is the least that does not round to 0; weights that are 0 lose nothing."""
+    builder = Typed()
+    x = builder.source((BATCH, 2))
+    k = builder.number(np.full((2, 3), weight), affine(S8.narrowed(-127, 127), 0.01, 0))
+    context = PassContext(TARGET)
+    Legalize().run(builder.graph(builder.add(MatMul, x, k, clip=None)), context)
+    expected = [
+        "warning: %k: nothing but zeros is left of it in s8[-127, 127]; "
+        "give it more bits, or sums a wider accumulator"
+    ]
+    assert [str(d) for d in context.diagnostics] == expected * warns

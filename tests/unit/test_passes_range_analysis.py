@@ -93,6 +93,22 @@ def test_options_print_and_parse() -> None:
     assert str(RangeAnalysis()) == "range-analysis"
 
 
+def test_an_output_that_no_input_changes_is_warned_of() -> None:
+    graph = parse("""
+        graph @g stage=fixed (%x: Nx2 x s8) {
+          %w = const {value=s8 2x1 [0, 0]} : 2x1 x s8
+          %b = const {value=s16 1 [7]} : 1 x s16
+          %y = matmul %x, %w, %b {accumulator=s32, overflow=wrap, order=khwc} : Nx1 x s32
+          return %x, %y
+        }""")
+    context = PassContext()
+    RangeAnalysis().run(graph, context)
+    (found,) = context.diagnostics
+    assert str(found) == (
+        "warning: output %y: is [7, 7] whatever the inputs are; give the values before it more bits, or finer scales"
+    )
+
+
 def test_a_method_that_is_not_there_is_refused() -> None:
     with pytest.raises(PassError, match="range-analysis has no method 'octagon'; there are: interval, affine"):
         parse_pipeline("range-analysis{method=octagon}")

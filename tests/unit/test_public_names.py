@@ -68,7 +68,7 @@ def test_every_public_name_says_what_it_is() -> None:
 
 def test_every_error_is_a_qir_error() -> None:
     errors = [getattr(qir, name) for name in qir.__all__ if name.endswith("Error")]
-    assert len(errors) == 11
+    assert len(errors) == 12
     assert all(issubclass(kind, qir.QirError) for kind in errors)
 
 
