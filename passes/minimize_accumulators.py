@@ -23,6 +23,8 @@ from qir.types import TensorType, integer
 
 #: What other tools give every sum.
 _FIXED_BITS = 32
+#: No accumulator has more bits.
+_WIDEST = 64
 
 
 class Per(enum.StrEnum):
@@ -57,7 +59,8 @@ class MinimizeAccumulators(Pass):
             )
         proof = prove_claims(graph)
         layers = [op for op in graph.ops if isinstance(op, Accumulating)]
-        sums = {op: bits for op in layers if (bits := channel_bits(proof.steps.get(op))) is not None and bits.size}
+        proved = {op: channel_bits(proof.steps.get(op)) for op in layers}
+        sums = {op: bits for op, bits in proved.items() if bits is not None and 0 < bits.max(initial=0) <= _WIDEST}
         types: dict[Value, TensorType] = {}
         changes: dict[Op, Mapping[str, Any]] = {}
         for op, bits in sums.items():

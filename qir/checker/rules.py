@@ -79,7 +79,7 @@ def moved(op: Any, arrays: Sequence[Any], fill: int = 0) -> Any:
         case "gather":
             return np.take(first, op.indices.data, op.axis)
     widths = [(op.pads[i], op.pads[first.ndim + i]) for i in range(first.ndim)]
-    return np.pad(first, widths, constant_values=fill)
+    return np.pad(first, widths, constant_values=fill) if widths else first
 
 
 def _columns(array: Any) -> Any:

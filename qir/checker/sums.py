@@ -102,7 +102,7 @@ def _terms(op: Any, layer: _Layer, bias: Span) -> _Terms:
     """The exact products, in int64 where every sum of them and the bias, shifted, stays far below 2**63."""
     size, length, room = layer.size, layer.size[2] * layer.size[3], op.accumulator
     x = [ends_of(layer.x, 0), ends_of(layer.x, -1), np.array([step_of(r) for r in layer.x], object)]
-    reach = _reach(*x[:2]) * _reach(*layer.weights) + _reach(ends_of(bias, 0), ends_of(bias, -1))
+    reach = _reach(*x[:2]) * max(_reach(*layer.weights), 1) + _reach(ends_of(bias, 0), ends_of(bias, -1))
     reach += max(-room.lo, room.hi) if op.overflow.startswith("saturate") else 0
     dtype = np.int64 if reach * (length + 2) << abs(op.product_shift or 0) < 1 << 61 else object
     if not length:  # nothing is summed but the bias

@@ -465,10 +465,10 @@ def centre(data: Tensor, kind: TensorType) -> Tensor:
 def centered(kind: TensorType, bounds: Bounds) -> Bounds:
     """Bounds of `q - zero_point`, with the centred data where the tensor is constant."""
     zeros = zero_array(kind.element)
-    if zeros.ndim and getattr(kind.element, "axis", None) != kind.rank - 1:
+    if zeros.size and getattr(kind.element, "axis", None) not in (None, kind.rank - 1):
         shifted = Bounds.of(bounds.lo - int(zeros.max()), bounds.hi - int(zeros.min()))
     else:
-        shifted = bounds.shifted(-exact(zeros))
+        shifted = bounds.shifted(-exact(zeros)) if zeros.size else bounds
     data = bounds.data
     if data is not None:
         storage = storage_of(kind.element)

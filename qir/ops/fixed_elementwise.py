@@ -74,7 +74,7 @@ class Elementwise(Op):
 
     def corners(self, a: Bounds, b: Bounds) -> list[Tensor]:
         """Results among which the extremes lie, for centred bounds."""
-        return [self.combine(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+        return [exact(self.combine(x, y)) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The extremes of the corners, narrowed."""
@@ -230,6 +230,9 @@ class FixedDiv(Elementwise):
 
     def combine(self, a: Tensor, b: Tensor) -> Tensor:
         """The quotient at the result's scale, zero point added."""
+        if not np.ndim(a) * np.ndim(b):  # of 0-d arrays NumPy makes scalars, which may wrap
+            found = self.combine(np.atleast_1d(exact(a)), np.atleast_1d(exact(b)))
+            return found if np.ndim(a) or np.ndim(b) else exact(found[0])
         down = 31 - self.shift
         numerator = np.where(b < 0, -a, a) * self.multiplier * (1 << max(-down, 0))
         denominator = np.abs(b) * (1 << max(down, 0))

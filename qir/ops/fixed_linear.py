@@ -295,8 +295,8 @@ class ReduceSum(Accumulating):
             x = x.flat()
         if not x.lo.size:
             return OpBounds((Bounds.of(0, 0),), Interval(0, 0), Interval(0, 0))
-        one = Bounds.of(1, 1)
-        terms = term_bounds(x, Bounds(one.lo, one.hi, np.ones((), np.int64)))
+        one = Bounds.of([1], 1)
+        terms = term_bounds(x, Bounds(one.lo, one.hi, np.ones(1, np.int64)))
         shape = (np.size(terms.lo), self.count, 1)
         terms = terms.map(lambda e: np.broadcast_to(np.reshape(e, (-1, 1, 1)), shape))
         found = self.chain_bounds(terms, np.ones((1, self.count), bool), None)

@@ -139,7 +139,8 @@ class Requantize(Op):
         scaled = requantize(shifted, self.multiplier.data, self.shift.data, self.form, self.rounding)
         if self._largest_zero() >> 61 or self.storage.hi >> 63:  # what follows may leave int64
             scaled = exact(np.asarray(scaled))
-        return np.asarray(scaled + zero_array(self.result.type.element))
+        free = scaled + zero_array(self.result.type.element)
+        return exact(free) if isinstance(free, int) else np.asarray(free)
 
     def eval_int(self, x: Tensor) -> tuple[Tensor, ...]:
         """The definition of the op."""
@@ -200,7 +201,7 @@ class Requantize(Op):
     def is_identity(self, x: Interval) -> bool:
         """Whether every integer of the operand, zero point included, within these bounds is given back as it is."""
         zeros = [zero_array(v.type.element) for v in (self.operands[0], self.result)]
-        if np.any(zeros[0] != zeros[1]) or zeros[0].ndim or zeros[1].ndim:
+        if zeros[0].ndim or zeros[1].ndim or zeros[0] != zeros[1]:
             return False
         centre = Interval(x.lo - int(zeros[0]), x.hi - int(zeros[0]))
         if self._may_wrap(centre) or not Interval(self.storage.lo, self.storage.hi).contains(x):

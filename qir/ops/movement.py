@@ -330,7 +330,7 @@ class _Padding(Movement):
     def _pad(self, array: Tensor, fill: Any) -> Tensor:
         rank = array.ndim
         widths = [(self.pads[i], self.pads[rank + i]) for i in range(rank)]
-        return np.pad(array, widths, constant_values=fill)
+        return np.pad(array, widths, constant_values=fill) if rank else array
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,6 +12,7 @@ from qir.errors import QirError, RunError
 from qir.interpreter import evaluate, evaluate_op, interpret, trace
 from qir.ir import Graph
 from qir.parser import parse
+from qir.proof import prove
 
 FLOAT = """graph @float stage=float (%x: Nx2 x f32, %y: 2 x f32) {
   %s = Add %x, %y : Nx2 x f32
@@ -166,3 +167,27 @@ def test_one_op_alone() -> None:
     graph: Graph = parse(FIXED)
     (found,) = evaluate_op(graph.ops[0], [np.array([[5, 6]], np.int8), np.array([[7, 100]], np.int8)])
     assert (found.tolist(), found.dtype.name) == ([[14, 108]], "int8")
+
+
+SCALARS = {
+    "div": ("div %x, %x {overflow=saturate, multiplier=1073741824, shift=-31}", "s64"),
+    "requantize": (
+        "requantize %x {multiplier=s64 [1073741824], shift=s64 [-3], form=double_round, input_shift=0, overflow=wrap}",
+        "u64",
+    ),
+    "pad": ("pad %x {pads=[PADS], value=0}", "s8"),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_scalar_is_computed_as_a_row_of_one(name: str) -> None:
+    """However wide: of 0-d arrays of Python ints NumPy makes ints."""
+    op, kind = SCALARS[name]
+    text = f"graph @g stage=fixed (%x: SHAPE s8) {{\n %y = {op} : SHAPE {kind}\n return %y\n}}"
+    scalar, row = (parse(text.replace("SHAPE", s).replace("PADS", p)) for s, p in (("", ""), ("1 x", "0, 0")))
+    for number in (-128, -5, 0, 127):
+        expected = interpret(row, {"x": np.array([number], np.int8)})["y"]
+        found = interpret(scalar, {"x": np.array(number, np.int8)})["y"]
+        assert found.dtype == expected.dtype
+        assert found.tolist() == expected[0]
+        assert prove(scalar, "affine").interval(scalar.value("y")) == prove(row).interval(row.value("y"))

@@ -144,6 +144,17 @@ def test_channel_bits_are_held_to_the_proof(bits: list[Any], words: str) -> None
     assert [words in str(d) for d in found] == ([True] if words else [])
 
 
+def test_sums_that_no_accumulator_holds_stay() -> None:
+    graph = parse("""
+        graph @g stage=fixed (%x: Nx2 x u64) {
+          %t = reduce_sum %x {accumulator=s64, overflow=saturate, order=khwc, axes=[1], keepdims=true} : Nx1 x s64
+          %y = requantize %t {multiplier=s64 [1], shift=s64 [-60], form=shift, input_shift=0, rounding=floor,
+            overflow=saturate} : Nx1 x s8
+          return %y
+        }""")
+    assert minimized(graph, Per.CHANNEL)[0] is graph
+
+
 def test_outputs_keep_their_type() -> None:
     graph = RangeAnalysis().run(parse(TEXT.replace("return %y", "return %y, %0")), PassContext())
     after, _ = minimized(graph)

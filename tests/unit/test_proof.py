@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from certified import certificate, faults_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property.fixed_graphs import MAKERS, cases
+from property.recorder import check_soundness
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
@@ -22,9 +24,13 @@ from qir.ops.fixed_elementwise import FixedAdd, FixedDiv, FixedMul, FixedSub, Ta
 from qir.ops.fixed_linear import Conv2d, FixedMatMul
 from qir.ops.fixed_rescale import Requantize
 from qir.parser import parse
+from qir.pass_manager import PassContext
+from qir.passes.insert_saturation import InsertSaturation
+from qir.probes import some_inputs
 from qir.proof import is_idle, overflow_room, prove
 from qir.rewrite import GraphBuilder
 from qir.types import BATCH, S8, S64, IntegerType, TensorType, affine, integer
+from qir.verifier import find_faults
 
 Tensor = npt.NDArray[Any]
 #: A weight and the place in a sample that it multiplies.
@@ -357,3 +363,73 @@ def test_a_zero_point_of_the_result_is_added_exactly() -> None:
     assert np.array_equal(interpret(graph, feeds)["y"], expected)
     assert expected[:2].tolist() == [-(1 << 63)] * 2
     assert int(prove(graph).bounds[graph.outputs[0]].hull.lo) == -(1 << 63)
+
+
+WIDE_TEXTS = {
+    "a sum of as many as leave 64 bits": """
+        graph @g stage=fixed (%x: Nx9 x s62[0, 2305843009213693951]) {
+          %y = reduce_sum %x {accumulator=s64, overflow=wrap, order=khwc, axes=[1], keepdims=true} : Nx1 x s64
+          return %y
+        }""",
+    "a sum of unsigned 64 bits": """
+        graph @g stage=fixed (%x: Nx2 x u64) {
+          %y = reduce_sum %x {accumulator=s40, overflow=saturate, order=khwc, axes=[1], keepdims=true} : Nx1 x s40
+          return %y
+        }""",
+    "a little more than 64 bits": """
+        graph @g stage=fixed (%x: Nx2 x s64, %z: Nx2 x u3) {
+          %y = add %x, %z {overflow=saturate} : Nx2 x s64
+          return %y
+        }""",
+    "a quotient of wide integers": """
+        graph @g stage=fixed (%x: Nx2 x s16, %z: Nx2 x s8[-90, -2]) {
+          %y = div %x, %z {overflow=saturate, multiplier=1073741824, shift=-31} : Nx2 x s64
+          return %y
+        }""",
+    "unsigned 64 bits by weights of zero": """
+        graph @g stage=fixed (%x: Nx2 x u64) {
+          %w = const {value=s8 2x1 [0, 0]} : 2x1 x s8
+          %y = matmul %x, %w {accumulator=s40, overflow=wrap, order=khwc} : Nx1 x s40
+          return %y
+        }""",
+}
+
+
+@pytest.mark.parametrize("name", WIDE_TEXTS)
+def test_bounds_beyond_64_bits_are_exact(name: str) -> None:
+    """Whole-tensor bounds are 0-d, of which NumPy makes scalars; none of these may wrap or become a float."""
+    graph = parse(WIDE_TEXTS[name])
+    proofs = [prove(graph, method) for method in ("interval", "affine")]
+    for feeds in some_inputs(graph, 64, 0):
+        check_soundness(graph, feeds, *proofs)
+    for proof in proofs:
+        assert faults_of(graph, certificate(graph, proof)) == []
+
+
+def test_a_sum_that_leaves_64_bits_is_not_idle() -> None:
+    graph = parse(WIDE_TEXTS["a sum of as many as leave 64 bits"])
+    step = prove(graph).steps[graph.ops[0]]
+    assert step.partial == Interval(0, 9 * ((1 << 61) - 1))
+    assert not is_idle(graph.ops[0], step)
+
+
+def test_zero_points_along_different_axes_are_no_identity() -> None:
+    graph = parse("""
+        graph @g stage=fixed (%x: Nx3x2 x u8<[0.5, 0.5, 0.5], zero=[1, 2, 3], axis=1>) {
+          %y = requantize %x {multiplier=s64 [1], shift=s64 [0], form=shift, input_shift=0, rounding=floor, overflow=saturate} : Nx3x2 x u8<[0.5, 0.5], zero=[1, 2], axis=2>
+          return %y
+        }""")  # noqa: E501
+    after = InsertSaturation().run(graph, PassContext())
+    assert not find_faults(after)
+    feeds = {"x": np.arange(60, dtype=np.uint8).reshape(10, 3, 2)}
+    assert np.array_equal(interpret(after, feeds)["y"], interpret(graph, feeds)["y"])
+
+
+def test_bounds_of_an_empty_axis_of_zero_points() -> None:
+    graph = parse("""
+        graph @g stage=fixed (%x: Nx0 x s8) {
+          %w = const {value=s8 0x2 []} : 0x2 x s8<[], axis=0>
+          %y = matmul %x, %w {accumulator=s16, overflow=wrap, order=khwc} : Nx2 x s16
+          return %y
+        }""")
+    assert prove(graph).interval(graph.value("y")) == Interval(0, 0)
