@@ -121,7 +121,8 @@ class Form:
 
     Weights and offsets are in units of 2**-scale; strides of a term are what a step along the grid is in its source. A
     tensor may show the values in another arrangement: `dims` says for each of its dimensions behind the batch which of
-    the axes of [*grid, channels] run along it, the outermost first; axes of size 1 may be missing.
+    the axes of [*grid, channels] run along it, the outermost first; axes of size 1 may be missing. `absorbed` names
+    values of which but the bounds are part of the offset.
     """
 
     grid: Place
@@ -130,6 +131,7 @@ class Form:
     lo: ExactArray
     hi: ExactArray
     scale: int = 0
+    absorbed: frozenset[str] = frozenset()
 
     @staticmethod
     def of(source: Source) -> Form | None:
@@ -163,9 +165,9 @@ class Form:
         return self.dims == tuple((axis,) for axis in range(len(self.grid) + 1))
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """What the values depend on, each once."""
-        return tuple(dict.fromkeys(source for source, _ in self.terms))
+    def sources(self) -> tuple[str, ...]:
+        """The names of what the values depend on, each once."""
+        return tuple(dict.fromkeys([*(source.name for source, _ in self.terms), *sorted(self.absorbed)]))
 
     def bounds(self) -> Bounds:
         """Exact bounds, rounded inward to integers: of each channel where these come last, else of the whole."""
@@ -217,7 +219,8 @@ class Form:
         terms = dict(left.terms)
         for key, linear in right.terms.items():
             terms[key] = terms[key].plus(linear) if key in terms else linear
-        return Form(left.grid, dims, terms, left.lo + right.lo, left.hi + right.hi, scale)._within_limits()
+        ends, absorbed = (left.lo + right.lo, left.hi + right.hi), left.absorbed | right.absorbed
+        return Form(left.grid, dims, terms, *ends, scale, absorbed)._within_limits()
 
     def rows(self, index: npt.ArrayLike) -> Form:
         """Some channels, in the order of `index`."""
@@ -267,7 +270,7 @@ class Form:
             terms[source, strides] = Linear(taps, sums, linear.is_padded)
         times = math.prod(self.grid[a] for a in along)
         grid = tuple(1 if a in along else size for a, size in enumerate(self.grid))
-        found = Form(grid, self.dims, terms, self.lo * times, self.hi * times, self.scale)
+        found = replace(self, grid=grid, terms=terms, lo=self.lo * times, hi=self.hi * times)
         if channel in axes:
             summed = {key: linear.map(lambda w: w.sum(axis=0, keepdims=True)) for key, linear in terms.items()}
             lo, hi = (exact([sum(e)]) for e in (found.lo, found.hi))
@@ -310,7 +313,7 @@ class Form:
         positive, negative = np.maximum(wide, 0), np.minimum(wide, 0)
         lo = (positive * self.lo + negative * self.hi).sum(axis=(0, 2))
         hi = (positive * self.hi + negative * self.lo).sum(axis=(0, 2))
-        found = Form(self.grid if is_pointwise else grid, self.dims, terms, exact(lo), exact(hi), self.scale)
+        found = replace(self, grid=self.grid if is_pointwise else grid, terms=terms, lo=exact(lo), hi=exact(hi))
         return found._within_limits()
 
     def scaled(self, factors: Sequence[Fraction], error: tuple[Sequence[Fraction], Sequence[Fraction]]) -> Form | None:
@@ -442,7 +445,8 @@ def stacked(forms: Sequence[Form]) -> Form | None:
             part = linear.map(lambda w, rows=rows: np.pad(w, (rows, (0, 0))))  # type: ignore[misc]
             terms[key] = terms[key].plus(part) if key in terms else part
     lo, hi = (exact(np.concatenate([getattr(f, name) for f in aligned])) for name in ("lo", "hi"))
-    return Form(first.grid, first.dims, terms, lo, hi, scale)._within_limits()
+    absorbed = frozenset[str]().union(*(f.absorbed for f in forms))
+    return Form(first.grid, first.dims, terms, lo, hi, scale, absorbed)._within_limits()
 
 
 def _merged(left: Mapping[Any, IntArray], right: Mapping[Any, IntArray]) -> dict[Any, IntArray]:

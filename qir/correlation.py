@@ -50,7 +50,7 @@ class Correlations:
             found, kept = _narrowed(op, step, form)
         if kept is not None:
             self._forms[op.result] = kept
-        return replace(found, sources=tuple(s.name for s in form.sources)) if _is_tighter(found, step) else found
+        return replace(found, sources=form.sources) if _is_tighter(found, step) else found
 
     def _operand(self, value: Value, bounds: Mapping[Value, Bounds]) -> Form | None:
         """What is known of an operand: its form, or itself as a source; None for constants and what is too wide."""

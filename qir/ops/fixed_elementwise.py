@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,8 +92,10 @@ class Elementwise(Op):
             if both is not None:
                 return both
         for form, _, other in self._sides(forms, bounds):
-            is_opposite = form is forms[0] and sign < 0
-            return form.shifted(-other.hi, -other.lo) if is_opposite else form.shifted(other.lo, other.hi)
+            is_first = form is forms[0]
+            ends = (-other.hi, -other.lo) if is_first and sign < 0 else (other.lo, other.hi)
+            absorbed = form.absorbed | {self.operands[is_first].name}
+            return replace(form.shifted(*ends), absorbed=absorbed)
         return None
 
     def _sides(self, forms: Sequence[Form | None], bounds: Sequence[Bounds]) -> Iterator[tuple[Form, Bounds, Bounds]]:

@@ -76,6 +76,15 @@ GRAPHS = {
         %y = sub %x, %g {overflow=saturate} : 1x2x2 x s16
         return %y
       }""",
+    "an operand of which but the bounds are used": """
+      graph @g stage=fixed (%x: 1x2x2 x s8) {
+        %g = gather %x {indices=s64 [0], axis=2} : 1x2 x s8
+        %h = requantize %g {multiplier=s64 [1140850688], shift=s64 [1], form=double_round,
+          input_shift=0, overflow=saturate} : 1x2 x s8
+        %d = sub %x, %h {overflow=saturate} : 1x2x2 x s16
+        %y = sub %d, %x {overflow=saturate} : 1x2x2 x s16
+        return %y
+      }""",
     "samples as channels": """
       graph @g stage=fixed (%x: 2x2 x s8) {
         %g = gather %x {indices=s64 [0], axis=1} : 2 x s8
