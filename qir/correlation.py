@@ -141,9 +141,9 @@ def _both(a: Interval, b: Interval) -> Interval:
 
 def _is_tighter(found: OpBounds, step: OpBounds) -> bool:
     """Whether forms gave anything that intervals did not."""
-    new, old = found.results[0], step.results[0]
-    return (
+    pairs = [(found.results[0], step.results[0]), (found.channel_partials, step.channel_partials)]
+    return found.unsaturated != step.unsaturated or any(
         bool(np.any(new.lo != old.lo) or np.any(new.hi != old.hi))
-        or found.partial != step.partial
-        or found.unsaturated != step.unsaturated
+        for new, old in pairs
+        if new is not None and old is not None
     )

@@ -128,7 +128,7 @@ def saturate(value: Integers, lo: int, hi: int) -> Integers:
         return min(max(value, lo), hi)
     if _is_int64(value):
         lo, hi = max(lo, -(1 << 63)), min(hi, (1 << 63) - 1)
-    return np.minimum(np.maximum(value, lo), hi)
+    return np.clip(value, lo, hi)
 
 
 def narrow(value: Integers, lo: int, hi: int, overflow: Overflow) -> Integers:

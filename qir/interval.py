@@ -142,8 +142,9 @@ class Bounds:
 
 
 def hull_of(bounds: Iterable[Bounds]) -> Bounds:
-    """The whole-tensor bound that holds every given one."""
-    found = [b.flat() for b in bounds]
+    """The whole-tensor bound that holds every given one; those of no channels hold nothing, unless all do."""
+    given = list(bounds)
+    found = [b.flat() for b in given if b.lo.size] or [given[0].flat()]
     whole = found[0]
     for other in found[1:]:
         whole = whole.union(other)

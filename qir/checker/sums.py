@@ -58,7 +58,7 @@ def chain(graph: Graph, op: Any, spans: Sequence[Span]) -> Image:
 def _layer(graph: Graph, op: Any, spans: Sequence[Span]) -> _Layer:
     x, shape = centred(op.operands[0], spans[0]), op.operands[0].type.concrete(1)
     if op.mnemonic == "reduce_sum":
-        x, taps = [union(x)] if x and len(shape) - 1 in op.axes else x, math.prod(shape[a] for a in op.axes)
+        x, taps = [union(x)] if len(shape) - 1 in op.axes else x, math.prod(shape[a] for a in op.axes)
         return _Layer((len(x), 1, taps, 1), x, [np.ones((1, 1, 1, 1), np.int64)], np.ones((1, taps), bool))
     weight, is_conv = op.operands[1], op.mnemonic == "conv2d"
     kind = weight.type

@@ -78,7 +78,7 @@ class Elementwise(Op):
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The extremes of the corners, narrowed."""
-        a, b = (centered(v.type, self._whole(o, v.type.shape)) for v, o in zip(self.operands, operands, strict=True))
+        a, b = (self._whole(centered(v.type, o), v.type.shape) for v, o in zip(self.operands, operands, strict=True))
         corners = self.corners(a, b)
         free = Bounds.of(np.minimum.reduce(corners), np.maximum.reduce(corners), self.step(a, b))
         return narrowed(free, self.storage, self.overflow)
@@ -100,7 +100,7 @@ class Elementwise(Op):
 
     def _sides(self, forms: Sequence[Form | None], bounds: Sequence[Bounds]) -> Iterator[tuple[Form, Bounds, Bounds]]:
         """Forms of the result's shape, each with its centred bounds and those of the other operand."""
-        spans = [centered(v.type, self._whole(b, v.type.shape)) for v, b in zip(self.operands, bounds, strict=True)]
+        spans = [self._whole(centered(v.type, b), v.type.shape) for v, b in zip(self.operands, bounds, strict=True)]
         for i, form in enumerate(forms):
             if form is not None and self.operands[i].type.shape == self.result.type.shape:
                 yield form, spans[i], spans[1 - i]

@@ -137,8 +137,8 @@ class Requantize(Op):
         """The value before it is narrowed, for centred x (last axis: the channels of the multipliers)."""
         shifted = x << self.input_shift if self.input_shift else x
         scaled = requantize(shifted, self.multiplier.data, self.shift.data, self.form, self.rounding)
-        if self._largest_zero() >> 61 or self.storage.hi >> 63:  # what follows may leave int64
-            scaled = exact(np.asarray(scaled))
+        if isinstance(scaled, int) or self._largest_zero() >> 61 or self.storage.hi >> 63:
+            scaled = exact(scaled)  # what follows may leave int64
         free = scaled + zero_array(self.result.type.element)
         return exact(free) if isinstance(free, int) else np.asarray(free)
 

@@ -147,7 +147,7 @@ class Transpose(Movement):
 
     def move(self, *arrays: Tensor) -> Tensor:
         """NumPy's transpose."""
-        return np.ascontiguousarray(arrays[0].transpose(self.perm))
+        return np.asarray(arrays[0].transpose(self.perm), order="C")
 
 
 class FixedTranspose(Transpose):
@@ -253,7 +253,7 @@ class Slice(Movement):
         index: list[slice] = [slice(None)] * arrays[0].ndim
         for start, end, axis, step in zip(self.starts, self.ends, self.axes, self.steps, strict=True):
             index[axis] = slice(start, None if end < 0 else end, step)
-        return np.ascontiguousarray(arrays[0][tuple(index)])
+        return np.asarray(arrays[0][tuple(index)], order="C")
 
 
 class FixedSlice(Slice):
@@ -371,7 +371,7 @@ class FixedPad(_Padding):
             return OpBounds((operands[0],))
         rank = self.operands[0].type.rank
         if self.pads[rank - 1] or self.pads[2 * rank - 1]:
-            return OpBounds((operands[0].flat().union(Bounds.of(self.value, self.value)),))
+            return OpBounds((hull_of([operands[0], Bounds.of(self.value, self.value)]),))
         return OpBounds((operands[0].union(Bounds.of(self.value, self.value)),))
 
     def move(self, *arrays: Tensor) -> Tensor:

@@ -70,6 +70,30 @@ GRAPHS = {
         %y = requantize %q {{{SHIFT}, shift=s64 [62]}} : Nx3x2 x s16
         return %y
       }}""",
+    "partial sums of one channel": f"""
+      graph @g stage=fixed (%x: Nx1 x u16[0, 16384]) {{
+        %v = const {{value=s8 1x3 [-2, -2, 0]}} : 1x3 x s8
+        %b = const {{value=s32 3 [-908, -740, 617]}} : 3 x s32
+        %a = matmul %x, %v, %b {{{SUM}}} : Nx3 x s32
+        %w = const {{value=s8 3x3 [-8, -8, 7, 7, -8, 7, 7, -8, 7]}} : 3x3 x s8
+        %y = matmul %a, %w {{accumulator=s16, overflow=wrap, order=khwc}} : Nx3 x s16
+        return %y
+      }}""",
+    "a zero point for a channel that all share": """
+      graph @g stage=fixed (%x: 1x2x2x2 x s16, %z: 1 x u3<[0.5], zero=[7], axis=0>) {
+        %d = sub %x, %z {overflow=saturate} : 1x2x2x2 x s4
+        %w = const {value=s8 1x1x1x2 [3, -1]} : 1x1x1x2 x s8
+        %y = conv2d %d, %w {accumulator=s16, overflow=wrap, order=khwc, pads=[0, 0, 0, 0], strides=[1, 1],
+          dilations=[1, 1], groups=1} : 1x2x2x1 x s16
+        return %y
+      }""",
+    "padding around nothing": """
+      graph @g stage=fixed (%x: Nx2x0 x u8) {
+        %q = requantize %x {multiplier=s64 0 [], shift=s64 0 [], form=neon, input_shift=0,
+          overflow=saturate} : Nx2x0 x s8[-90, -2]
+        %y = pad %q {pads=[0, 0, 1, 0, 0, 1], value=-90} : Nx2x2 x s8[-90, -2]
+        return %y
+      }""",
     "a row as a column": """
       graph @g stage=fixed (%x: 1x2x2 x s8) {
         %g = gather %x {indices=s64 [0], axis=2} : 1x2 x s8

@@ -175,6 +175,13 @@ SCALARS = {
         "requantize %x {multiplier=s64 [1073741824], shift=s64 [-3], form=double_round, input_shift=0, overflow=wrap}",
         "u64",
     ),
+    "a large shift": (
+        "requantize %x {multiplier=s64 [1], shift=s64 [62], form=shift, input_shift=31, rounding=floor, "
+        "overflow=saturate}",
+        "s64",
+    ),
+    "transpose": ("transpose %x {perm=[PERM]}", "s8"),
+    "slice": ("slice %x {starts=[], ends=[], axes=[], steps=[]}", "s8"),
     "pad": ("pad %x {pads=[PADS], value=0}", "s8"),
 }
 
@@ -184,10 +191,13 @@ def test_a_scalar_is_computed_as_a_row_of_one(name: str) -> None:
     """However wide: of 0-d arrays of Python ints NumPy makes ints."""
     op, kind = SCALARS[name]
     text = f"graph @g stage=fixed (%x: SHAPE s8) {{\n %y = {op} : SHAPE {kind}\n return %y\n}}"
-    scalar, row = (parse(text.replace("SHAPE", s).replace("PADS", p)) for s, p in (("", ""), ("1 x", "0, 0")))
+    scalar, row = (
+        parse(text.replace("SHAPE", s).replace("PADS", p).replace("PERM", p[:1]))
+        for s, p in (("", ""), ("1 x", "0, 0"))
+    )
     for number in (-128, -5, 0, 127):
         expected = interpret(row, {"x": np.array([number], np.int8)})["y"]
         found = interpret(scalar, {"x": np.array(number, np.int8)})["y"]
-        assert found.dtype == expected.dtype
+        assert (found.shape, found.dtype) == ((), expected.dtype)
         assert found.tolist() == expected[0]
         assert prove(scalar, "affine").interval(scalar.value("y")) == prove(row).interval(row.value("y"))

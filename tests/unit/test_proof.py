@@ -386,6 +386,13 @@ WIDE_TEXTS = {
           %y = div %x, %z {overflow=saturate, multiplier=1073741824, shift=-31} : Nx2 x s64
           return %y
         }""",
+    "a sum of no channels": """
+        graph @g stage=fixed (%x: Nx0 x s8) {
+          %q = requantize %x {multiplier=s64 0 [], shift=s64 0 [], form=single_round,
+            input_shift=0, overflow=saturate} : Nx0 x s8
+          %y = reduce_sum %q {accumulator=s40, overflow=saturate, order=khwc, axes=[1], keepdims=true} : Nx1 x s40
+          return %y
+        }""",
     "unsigned 64 bits by weights of zero": """
         graph @g stage=fixed (%x: Nx2 x u64) {
           %w = const {value=s8 2x1 [0, 0]} : 2x1 x s8
