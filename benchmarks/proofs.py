@@ -26,10 +26,11 @@ from support.public_data import PPOCR_CLS, FetchError, wheel_file
 from support.random_weights import light_model
 
 import qir
+from qir.idle import is_idle
 from qir.interval import Bounds, bits_of_interval
 from qir.ops.accumulate import Accumulating
 from qir.pass_manager import PassContext
-from qir.proof import Method, Proof, is_idle, prove
+from qir.proof import Method, Proof, prove
 from qir.report import progress_bar
 from qir.types import storage_of
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from qir.demand import demands
 from qir.fixed_point import Overflow
+from qir.idle import is_idle
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import Accumulating
@@ -15,7 +16,7 @@ from qir.ops.movement import Movement
 from qir.pass_manager import PassContext
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.replacement import readers_take
-from qir.proof import Method, Proof, is_idle, prove
+from qir.proof import Method, Proof, prove
 from qir.rewrite import Rewriter, map_values, rewrite
 from qir.types import (
     AffineType,

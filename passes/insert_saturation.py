@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from qir.errors import Diagnostic, PassError
 from qir.fixed_point import Overflow
+from qir.idle import is_idle, is_product_idle, overflow_room
 from qir.ir import Graph, Op, Stage
 from qir.ops.accumulate import STEPWISE, Accumulating
 from qir.pass_manager import Pass, PassContext
 from qir.passes.dead_clamps import remove_dead_clamps
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair, repair_accumulators
-from qir.proof import Proof, claims_method, is_idle, is_product_idle, overflow_room, prove
+from qir.proof import Proof, claims_method, prove
 from qir.rewrite import map_values
 
 

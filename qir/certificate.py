@@ -26,10 +26,11 @@ from typing import Any, Final
 from qir.checker import check_certificate
 from qir.checker.claims import FORMAT, VERSION, read_claims
 from qir.errors import CertificateError
+from qir.idle import is_idle
 from qir.interval import Bounds, Interval, bits_of_interval
 from qir.ir import Graph, Op, OpBounds
 from qir.ops.accumulate import Accumulating
-from qir.proof import Proof, is_idle
+from qir.proof import Proof
 from qir.serialization import CERTIFICATE_FILE, sidecar_of, write_bytes
 from qir.verifier import verify
 

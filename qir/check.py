@@ -18,12 +18,13 @@ import numpy.typing as npt
 from qir.counterexample import Reach, layer_graph, reach, tightness
 from qir.errors import ConformanceError
 from qir.fixed_point import Overflow
+from qir.idle import is_idle, is_product_idle, overflow_room
 from qir.interval import bits_of_interval
 from qir.ir import Graph, OpBounds, Stage
 from qir.ops.accumulate import STEPWISE, Accumulating
 from qir.pass_manager import Progress, no_progress
 from qir.program import Program
-from qir.proof import Proof, is_idle, is_product_idle, overflow_room, prove_claims
+from qir.proof import Proof, prove_claims
 from qir.report import fields_text
 from qir.verifier import verify
 

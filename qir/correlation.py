@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 
 from qir.affine import Form, Source
-from qir.fixed_point import Overflow, kept_bounds
+from qir.fixed_point import Overflow
+from qir.idle import is_product_idle, overflow_room
 from qir.interval import Bounds, Interval, exact
 from qir.ir import Op, OpBounds, Value
 from qir.ops.accumulate import STEPWISE, Accumulating, centered
 from qir.ops.constant import Const
 from qir.ops.movement import Movement
-from qir.types import TensorType, storage_of, zero_array
+from qir.types import TensorType, zero_array
 
 #: A clamp that cuts off at most this share of a value's range is an error of the form; a harder one ends it.
 _MOST_CUT: Final = 4
@@ -71,17 +72,14 @@ class Correlations:
 def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None]:
     """The bounds of an op that narrows its exact result, or only moves elements."""
     free = _stored(op.result.type, form.bounds())
-    storage = storage_of(op.result.type.element)
-    overflow = getattr(op, "overflow", None)
-    assert storage is not None
-    if overflow is None or step.unsaturated is None:
+    room = overflow_room(op)
+    if room is None or step.unsaturated is None:
         return replace(step, results=(step.results[0].intersect(free),)), form
     unsaturated = _both(step.unsaturated, free.hull)
-    room = Interval(*kept_bounds(storage.lo, storage.hi, overflow))
     if room.contains(unsaturated):
         return replace(step, results=(step.results[0].intersect(free),), unsaturated=unsaturated), form
     step = replace(step, unsaturated=unsaturated)
-    if overflow not in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC):
+    if getattr(op, "overflow", None) not in (Overflow.SATURATE, Overflow.SATURATE_SYMMETRIC):
         return step, None
     past = exact(room.hi - free.hi), exact(room.lo - free.lo)
     cut = exact(np.minimum(past[0], 0)), exact(np.maximum(past[1], 0))
@@ -110,18 +108,10 @@ def _accumulated(
     op: Accumulating, forms: Sequence[Form | None], bounds: Sequence[Bounds], step: OpBounds, form: Form
 ) -> tuple[OpBounds, Form | None]:
     """The bounds of an accumulator: those of its sums where no step changes any of them."""
-    kept = Interval(*kept_bounds(op.accumulator.lo, op.accumulator.hi, op.overflow))
-    assert step.partial is not None
+    kept = overflow_room(op)
+    assert kept is not None
     assert step.channel_partials is not None
-    is_product_kept = (
-        op.product is None
-        or op.product_overflow is None
-        or (
-            step.product is not None
-            and Interval(*kept_bounds(op.product.lo, op.product.hi, op.product_overflow)).contains(step.product)
-        )
-    )
-    if not is_product_kept:
+    if op.product_overflow not in (None, Overflow.NONE) and not is_product_idle(op, step):
         return step, None
     prefixes = op.affine_partials(forms, bounds)
     if prefixes is not None and (op.overflow not in STEPWISE or kept.contains(prefixes.hull)):

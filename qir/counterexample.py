@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow
+from qir.idle import is_idle, is_product_idle, overflow_room
 from qir.interval import Bounds, exact
 from qir.ir import Graph, OpBounds, Stage, Value
 from qir.ops.accumulate import STEPWISE, Accumulating, Chains, centre
-from qir.proof import is_idle, is_product_idle, overflow_room, prove
+from qir.proof import prove
 from qir.rewrite import GraphBuilder, map_values
 from qir.types import AffineType, FixedPointType, IntegerType, TensorType, storage_of, zero_array
 

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.errors import PassError
+from qir.idle import is_idle, is_product_idle
 from qir.interpreter import interpret
 from qir.interval import exact
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.accumulate import Accumulating
 from qir.pass_manager import Pass, PassContext, PassRecord
 from qir.probes import Probe, count_inputs, every_input, some_inputs
-from qir.proof import is_idle, is_product_idle, prove
+from qir.proof import prove
 from qir.types import S64, AffineType, FixedPointType, shape_text, storage_of
 
 Tensor = npt.NDArray[Any]

@@ -15,13 +15,14 @@ from property.fixed_graphs import proved
 
 from qir.certificate import make_certificate
 from qir.checker import check_certificate
+from qir.idle import overflow_room
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
 from qir.ops.accumulate import Accumulating
 from qir.parser import parse
 from qir.pass_manager import PassContext, Pipeline
 from qir.passes.range_analysis import RangeAnalysis
-from qir.proof import Method, Proof, overflow_room, prove
+from qir.proof import Method, Proof, prove
 from qir.types import storage_of
 
 Tensor = npt.NDArray[Any]

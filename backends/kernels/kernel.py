@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow, kept_bounds
+from qir.idle import is_idle, is_product_idle
 from qir.interpreter import evaluate_op
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import centered
-from qir.proof import Proof, is_idle, is_product_idle
+from qir.proof import Proof
 from qir.types import BATCH, IntegerType, Shape, TensorType, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from qir.fixed_point import Overflow
+from qir.idle import is_idle, is_product_idle
 from qir.interval import bits_of_interval
 from qir.ir import Graph, Op
 from qir.ops.accumulate import STEPWISE, Accumulating
@@ -16,7 +17,7 @@ from qir.passes.repairs.narrow import narrow
 from qir.passes.repairs.replacement import Replacement, Site, is_proved, prove_ops, serves, splice
 from qir.passes.repairs.split import split
 from qir.passes.repairs.widen import widen
-from qir.proof import Method, is_idle, is_product_idle, prove
+from qir.proof import Method, prove
 from qir.rewrite import Rewriter, live_ops, map_values, rewrite
 from qir.target import Target, Width
 

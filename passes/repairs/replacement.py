@@ -9,12 +9,13 @@ from typing import Any
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow
+from qir.idle import is_idle, overflow_room
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, OpBounds, Value
 from qir.ops.accumulate import Accumulating
 from qir.ops.constant import Const
 from qir.ops.fixed_rescale import Requantize
-from qir.proof import Proof, is_idle, overflow_room
+from qir.proof import Proof
 from qir.rewrite import Rewriter
 from qir.target import FORMS_OF_32_BITS, Target
 from qir.types import IntegerType, TensorType, storage_of, zero_array

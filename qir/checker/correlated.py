@@ -185,10 +185,8 @@ def _is_alike(known: Known, op: Any) -> bool:
 
 
 def _partials(known: Known, op: Any, stops: Collection[str]) -> list[tuple[int, int]] | None:
-    """Ends of every partial sum of each output; None where taps lie on padding, or for too much work."""
+    """Ends of every partial sum of each output; None for too much work."""
     is_conv, factors = op.mnemonic == "conv2d", constant_weights(known.graph, op)
-    if is_conv and any(op.pads):
-        return None
     is_first, partial = "bias" in op.order, np.zeros_like(factors)
     steps = list(np.ndindex(*factors.shape[1:] if is_conv else factors.shape[:1]))
     if "ckhw" in op.order:

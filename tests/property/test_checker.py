@@ -17,10 +17,11 @@ from property.test_bounds import chains
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow, Rounding
+from qir.idle import overflow_room
 from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import Accumulating, Order
-from qir.proof import Method, false_claims, overflow_room, prove
+from qir.proof import Method, false_claims, prove
 from qir.types import AffineType, IntegerType, TensorType, storage_of
 from qir.verifier import find_faults
 

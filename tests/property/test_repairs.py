@@ -18,6 +18,7 @@ from property.test_pipeline import Case, cases
 from qir.backend import load_target
 from qir.errors import PassError
 from qir.fixed_point import Overflow
+from qir.idle import is_idle
 from qir.interpreter import interpret
 from qir.interval import bits_of_interval
 from qir.ir import Graph, Value
@@ -28,7 +29,7 @@ from qir.passes.pipelines import default_pipeline
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair
 from qir.program import Program
-from qir.proof import is_idle, prove
+from qir.proof import prove
 from qir.rewrite import map_values
 from qir.types import S64, integer, storage_of
 from qir.verifier import verify

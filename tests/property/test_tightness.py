@@ -16,6 +16,7 @@ from property.fixed_graphs import FixedMaker
 
 from qir.counterexample import Reach, layer_graph, reach, tightness
 from qir.fixed_point import Overflow
+from qir.idle import is_idle
 from qir.interpreter import interpret
 from qir.interval import Bounds
 from qir.ir import Graph
@@ -23,7 +24,7 @@ from qir.ops.accumulate import STEPWISE, Accumulating, Order
 from qir.ops.constant import Const
 from qir.ops.fixed_linear import Conv2d, FixedMatMul, ReduceSum
 from qir.program import Program
-from qir.proof import is_idle, prove
+from qir.proof import prove
 from qir.testing.border import round_fraction
 from qir.types import AffineType, IntegerType, TensorType, storage_of
 

@@ -12,6 +12,7 @@ from qir.backend import load_target
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError, VerifyError
 from qir.fixed_point import Overflow
+from qir.idle import is_idle
 from qir.interpreter import interpret, trace
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage
@@ -26,7 +27,7 @@ from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.pipelines import default_pipeline, parse_pipeline
 from qir.passes.range_analysis import RangeAnalysis
 from qir.printer import print_graph, resources
-from qir.proof import is_idle, prove
+from qir.proof import prove
 from qir.rewrite import GraphBuilder, map_values
 from qir.types import BATCH, TensorType
 from qir.verifier import verify

@@ -16,6 +16,7 @@ from property.recorder import check_soundness
 
 from qir.arrays import Array
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.idle import is_idle, overflow_room
 from qir.interpreter import interpret, trace
 from qir.interval import Interval
 from qir.ir import Graph, Stage, Value
@@ -27,7 +28,7 @@ from qir.parser import parse
 from qir.pass_manager import PassContext
 from qir.passes.insert_saturation import InsertSaturation
 from qir.probes import some_inputs
-from qir.proof import is_idle, overflow_room, prove
+from qir.proof import prove
 from qir.rewrite import GraphBuilder
 from qir.types import BATCH, S8, S64, IntegerType, TensorType, affine, integer
 from qir.verifier import find_faults

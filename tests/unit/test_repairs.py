@@ -18,6 +18,7 @@ from qir.backend import load_target
 from qir.cli import main
 from qir.errors import PassError
 from qir.fixed_point import Overflow
+from qir.idle import is_idle
 from qir.interpreter import interpret, trace
 from qir.ir import Graph
 from qir.ops.accumulate import Accumulating, centre
@@ -29,7 +30,7 @@ from qir.passes.pipelines import default_pipeline, parse_pipeline
 from qir.passes.range_analysis import RangeAnalysis
 from qir.passes.repairs.ladder import Repair
 from qir.program import Program
-from qir.proof import is_idle, prove
+from qir.proof import prove
 from qir.rewrite import map_values
 from qir.serialization import write_graph
 from qir.target import Target
