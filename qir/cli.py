@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import qir
-from qir.backend import find_backends
-from qir.errors import CalibrationError, QirError
+from qir.backend import find_backends, load_backend
+from qir.cost import graph_cost
+from qir.cost_report import cost_json, cost_text, draw_cost, format_of, parts_text
+from qir.errors import CalibrationError, QirError, TargetError
 from qir.feeds import join_samples, read_npz, split_samples, write_npz
 from qir.ir import Graph, Stage
 from qir.pass_manager import Dump, Feeds, Instrument, PassContext, Progress, Timing
@@ -110,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = add("plan", _plan, "Show the buffers and the kernels chosen on this host.")
     plan.add_argument("program", help="folder of the program")
+
+    cost = add("cost", _cost, "Estimate what a program costs on its chip, layer by layer, and what bounds it.")
+    cost.add_argument("program", help="folder of the program, or a .qir text whose values have widths")
+    cost.add_argument(
+        "--target", metavar="NAME", help="whose costs: name of a target, or path of its .toml file (default: its own)"
+    )
+    cost.add_argument("-o", "--output", metavar="FILE", help="write all numbers here too, as JSON")
+    cost.add_argument("--plot", metavar="FILE", help="draw the layers: an .svg or .png file; needs matplotlib")
 
     targets = add("targets", _targets, "List the targets, or print the contract of one.")
     targets.add_argument("name", nargs="?", help="name of a target, or path of its .toml file")
@@ -276,6 +287,36 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     print(qir.load(arguments.program).plan())
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    kind = format_of(arguments.plot) if arguments.plot else ""
+    path = Path(arguments.program)
+    graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
+    name = arguments.target or graph.target
+    if not name:
+        raise QirError(f"graph @{graph.name} names no target; give the one whose costs are meant by --target")
+    try:
+        backend = load_backend(name)
+    except TargetError as fault:
+        raise TargetError(f"{fault}, by --target" if not arguments.target else str(fault)) from fault
+    target = backend.target()
+    if backend.cost is not None:
+        parts = backend.cost(graph, target)
+        if kind:
+            raise QirError(f"the cost function of {name} gives no layers to draw; leave out --plot")
+        text, data = (
+            parts_text(parts),
+            json.dumps({"graph": graph.name, "target": name, "parts": dict(parts)}, indent=2),
+        )
+    else:
+        found = graph_cost(graph, target)
+        text, data = cost_text(found), cost_json(found)
+        if kind:
+            write_bytes(Path(arguments.plot), draw_cost(found, kind))
+    if arguments.output:
+        write_bytes(Path(arguments.output), data.encode())
+    print(text)
 
 
 def _targets(arguments: argparse.Namespace) -> None:

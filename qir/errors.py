@@ -22,6 +22,14 @@ class TargetError(QirError):
     """A target description is unknown, malformed or contradictory, or cannot express what a graph needs."""
 
 
+class ContractError(QirError):
+    """A contract that contradicts itself; `key` is the dotted path of the field at fault, within its table."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class ParseError(QirError):
     """A `.qir` text is malformed; the message starts with `line:column`."""
 

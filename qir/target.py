@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from qir.errors import QirError
+from qir.cost_tables import Costs
+from qir.errors import ContractError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.ops.accumulate import STEPWISE, Order
 from qir.ops.dequantize_blocks import Packing
@@ -27,14 +27,6 @@ MOST_BITS: Final = 16
 _FLOAT_FORMS: Final = frozenset({RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY})
 #: Forms that take a register of 32 bits, and wrap what is wider.
 FORMS_OF_32_BITS: Final = frozenset({RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON})
-
-
-class ContractError(QirError):
-    """A contract that contradicts itself; `key` is the dotted path of the field at fault, within its table."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 class Scheme(enum.StrEnum):
@@ -87,13 +79,6 @@ class AverageRule(enum.StrEnum):
 
     INTEGER = "integer"  # the exact sum of its integers over their number, rounded
     FLOAT32 = "float32"  # dequantized, averaged in float32, quantized
-
-
-class CostRule(enum.StrEnum):
-    """Where the cost of a multiply-accumulate comes from."""
-
-    TABLE = "table"  # the table `mac`
-    BIT_OPERATIONS = "bit_operations"  # the product of both widths, over that of 8 and 8
 
 
 class FunctionRule(enum.StrEnum):
@@ -362,29 +347,6 @@ class WeightOnly:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Relative costs: `mac` maps bits of weight and activation, such as `"8x8"`, to that of a multiply-accumulate."""
-
-    rule: CostRule = CostRule.TABLE
-    mac: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-
-    def __post_init__(self) -> None:
-        if self.rule is CostRule.BIT_OPERATIONS and self.mac:
-            raise ContractError("mac", "a table belongs to rule = table")
-        for pair, cost in self.mac.items():
-            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", pair):
-                raise ContractError(f"mac.{pair}", 'a cost is that of bits of weight and activation, such as "8x16"')
-            if not (math.isfinite(cost) and cost >= 0):
-                raise ContractError(f"mac.{pair}", f"a cost is finite and not negative, not {cost}")
-
-    def of_mac(self, weight_bits: int, activation_bits: int) -> float:
-        """The cost of one multiply-accumulate."""
-        if self.rule is CostRule.BIT_OPERATIONS:
-            return weight_bits * activation_bits / 64
-        return self.mac[f"{weight_bits}x{activation_bits}"]
-
-
-@dataclass(frozen=True)
 class Target:
     """The executable arithmetic contract of a chip.
 
@@ -418,9 +380,9 @@ class Target:
     def _widths(self) -> Iterator[ContractError]:
         for a in self.activations.bits:
             for w in self.weights.bits:
-                if self.costs.rule is CostRule.TABLE and f"{w}x{a}" not in self.costs.mac:
+                for key in self.costs.uncovered(w, a):
                     pair = f"weights of {w} bits times activations of {a}"
-                    yield ContractError("costs.mac", f'"{w}x{a}" is missing, the cost of {pair}')
+                    yield ContractError(f"costs.{key}", f'"{w}x{a}" is missing, the cost of {pair}')
         bits = self.accumulator.bits
         if self.bias_bits is not None and not 2 <= self.bias_bits <= (bits if isinstance(bits, int) else 64):
             yield ContractError("bias_bits", "a bias has 2 bits or more and is no wider than the accumulator")
@@ -450,6 +412,7 @@ class Target:
         for name, size in self.memory.items():
             if size < 1:
                 yield ContractError(f"memory.{name}", f"a memory has at least one byte, not {size}")
+        yield from self.costs.memory_faults(self.memory)
 
     def _scales(self) -> Iterator[ContractError]:
         powers = self.activations.scales is Scales.POWER_OF_TWO

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qir.errors import QirError, TargetError
-from qir.target import ContractError, Target
+from qir.errors import ContractError, QirError, TargetError
+from qir.target import Target
 
 #: The key that names the target whose fields a file starts from.
 INHERITS: Final = "inherits"
-#: The word that takes an inherited field away which need not be there.
+#: The word that takes an inherited field away which need not be there, or a row of a table of numbers.
 ABSENT: Final = "none"
 
 Parents = Callable[[str, Path], Path]
@@ -167,7 +167,8 @@ class _Loader:
             if not isinstance(value, dict):
                 self.fail(path, "expected a table")
             item = typing.get_args(kind)[1]
-            return types.MappingProxyType({k: self.value(item, v, (*path, k)) for k, v in value.items()})
+            stated = {k: v for k, v in value.items() if v != ABSENT}
+            return types.MappingProxyType({k: self.value(item, v, (*path, k)) for k, v in stated.items()})
         if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
             if not isinstance(value, str) or value not in set(kind):
                 self.fail(path, f"{value!r} is not one of {', '.join(kind)}")

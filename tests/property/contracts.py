@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from qir.cost_tables import CostRule, Costs
+from qir.errors import ContractError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.ops.accumulate import Order
 from qir.ops.fixed_rescale import QuantizeRule
@@ -15,9 +17,6 @@ from qir.target import (
     Activations,
     Addition,
     AverageRule,
-    ContractError,
-    CostRule,
-    Costs,
     FunctionRule,
     Functions,
     Granularity,

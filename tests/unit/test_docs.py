@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 
+from qir.cost_tables import Costs
 from qir.demo import normalized
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.target import Target
@@ -228,7 +229,9 @@ def test_every_field_of_a_contract_is_documented() -> None:
     rows = _rows((ROOT / "docs/add-a-backend.md").read_text(encoding="utf-8"))
     hints = get_type_hints(Target)
     tables = {name: kind for name, hint in hints.items() for kind in _kinds(hint) if is_dataclass(kind)}
-    sections: dict[str, Any] = {"Top level": Target, **tables}
+    costs = {f"costs.{n}": k for n, h in get_type_hints(Costs).items() for k in _kinds(h) if is_dataclass(k)}
+    assert costs
+    sections: dict[str, Any] = {"Top level": Target, **tables, **costs}
     assert rows.keys() == sections.keys() | _WORDS.keys()
     for section, kind in sections.items():
         stated = [f for f in fields(kind) if section != "Top level" or f.name not in {*tables, "memory"}]

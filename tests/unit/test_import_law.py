@@ -21,12 +21,22 @@ LAYERS = (
     ("ops",),
     ("idle", "correlation"),
     ("printer", "parser", "verifier", "interpreter", "rewrite", "proof", "demand", "serialization"),
-    ("target", "target_file", "backend", "calibration", "observers", "scale_search", "frontend", "pass_manager"),
-    ("probes", "equivalence", "counterexample", "certificate"),
+    (
+        "cost_tables",
+        "target",
+        "target_file",
+        "backend",
+        "calibration",
+        "observers",
+        "scale_search",
+        "frontend",
+        "pass_manager",
+    ),
+    ("probes", "equivalence", "counterexample", "certificate", "cost"),
     ("passes", "backends"),
     ("program", "compiler", "comparison"),
     ("__init__", "testing"),
-    ("feeds", "report", "check", "demo", "cli"),
+    ("feeds", "report", "cost_report", "check", "demo", "cli"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

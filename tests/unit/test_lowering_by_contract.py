@@ -13,6 +13,7 @@ import pytest
 
 import qir
 from qir.backend import load_target
+from qir.cost_tables import CostRule, Costs
 from qir.errors import PassError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, round_divide
 from qir.interpreter import interpret
@@ -209,7 +210,7 @@ ARM_OF_16_BITS = replace(
     ARM,
     activations=replace(ARM.activations, bits=(16,)),
     addition=replace(ARM.addition, left_shift=15),
-    costs=FPGA.costs,
+    costs=Costs(CostRule.BIT_OPERATIONS),
 )
 OTHER_OVERFLOWS = [Overflow.WRAP, Overflow.SATURATE_ZERO, Overflow.SATURATE_SYMMETRIC]
 
@@ -345,7 +346,9 @@ def test_operands_of_the_index_or_narrower_need_no_rounding() -> None:
 
 
 def test_a_wide_operand_of_a_real_scale_has_an_index_at_a_multiple_of_it() -> None:
-    target = replace(TENSORRT, activations=replace(TENSORRT.activations, bits=(8, 16)), costs=FPGA.costs)
+    target = replace(
+        TENSORRT, activations=replace(TENSORRT.activations, bits=(8, 16)), costs=Costs(CostRule.BIT_OPERATIONS)
+    )
     text = typed("%y = Tanh %x : Nx1 x s8<0.0078125> in [-1.0, 1.0]", x="Nx1 x s16<0.001>")
     graph = lowered(text, target)
     assert kinds(graph) == ["requantize", "table"]
@@ -570,7 +573,7 @@ def test_without_a_default_the_cheapest_widths_are_taken_and_of_equals_the_wides
     )
     assert default_widths(free) == (4, 4)
     costs = {f"{w}x{a}": (1.0 if a < 16 else 2.0) for w in (4, 8) for a in (4, 8, 16)}
-    assert default_widths(replace(free, costs=replace(DSP.costs, mac=costs))) == (8, 8)
+    assert default_widths(replace(free, costs=Costs(mac=costs))) == (8, 8)
 
 
 @pytest.mark.parametrize("text", ["", "fc", "fc:", ":8", "fc:8w", "fc:x8", "fc:w", "fc:123", "fc:-8"])

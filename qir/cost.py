@@ -1,0 +1,404 @@
+"""What a graph costs on a chip, by the tables of its target: cycles, energy, bytes, and logic where it is laid out.
+
+A roofline for each layer: it takes as long as its computation, or as the memory that moves its data most slowly,
+whichever is longer, and layers follow each other. Data moves once, at the widths of its types.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from qir.cost_tables import FLOAT_BITS, Costs, Fabric
+from qir.errors import QirError
+from qir.ir import Graph, Op, Stage, Value
+from qir.ops.accumulate import Accumulating
+from qir.ops.constant import Const
+from qir.ops.fixed_pool import Pool2d
+from qir.ops.fixed_rescale import Dequantize, Quantize, Requantize
+from qir.ops.float_base import Windowed
+from qir.ops.movement import Movement, Reshape
+from qir.target import Target
+from qir.types import FloatType, storage_of
+
+#: What a layer waits for, where that is no memory.
+COMPUTE, OVERHEAD = "compute", "overhead"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer does for one sample, in numbers; other widths of it are `dataclasses.replace` away.
+
+    `positions` is how often the same products are taken, for a convolution the pixels of its output, and `terms` how
+    many of them make a sum. Widths are 0 where nothing is multiplied. `constants`, `loaded` and `stored` are in bits,
+    all else in elements.
+    """
+
+    macs: int = 0
+    positions: int = 1
+    terms: int = 0
+    weight_bits: int = 0
+    activation_bits: int = 0
+    accumulator_bits: int = 0
+    constants: int = 0
+    loaded: int = 0
+    stored: int = 0
+    requantized: int = 0
+    converted: int = 0
+    elements: int = 0
+    floating: int = 0
+
+
+@dataclass(frozen=True)
+class Homes:
+    """The memories that constants and activations are moved from and to; empty names where the target states none."""
+
+    constants: str = ""
+    activations: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer, or a whole graph, takes for a sample; None is what the target says nothing of.
+
+    `cycles` are those of `bound`, the longest of `times`, plus the overhead of a layer; `times` are cycles of
+    computation and of each memory. `energy` is in pJ, `constant_bytes` and `moved_bytes` (activations loaded and
+    stored) are packed at their widths, `bit_operations` the products of both widths of every multiply-accumulate.
+    """
+
+    macs: int
+    bit_operations: int
+    constant_bytes: int
+    moved_bytes: int
+    cycles: float | None = None
+    bound: str = ""
+    times: Mapping[str, float] | None = None
+    energy: float | None = None
+    lut: float | None = None
+    dsp: float | None = None
+    bram: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Ops that become one step on the chip, what they do, and what they cost."""
+
+    name: str
+    ops: tuple[Op, ...]
+    work: Work
+    cost: Cost
+
+
+@dataclass(frozen=True, eq=False)
+class GraphCost:
+    """The cost of a graph: its layers in order, and where its data lives.
+
+    `peak_bytes` is the most that activations of a sample take at once, `misfits` says what fits into no memory.
+    """
+
+    graph: str
+    target: str
+    clock: float | None
+    layers: tuple[Layer, ...]
+    homes: Homes
+    peak_bytes: int
+    misfits: tuple[str, ...]
+
+    @property
+    def total(self) -> Cost:
+        """The sums of the layers."""
+        costs = [layer.cost for layer in self.layers]
+        return Cost(
+            sum(c.macs for c in costs),
+            sum(c.bit_operations for c in costs),
+            sum(c.constant_bytes for c in costs),
+            sum(c.moved_bytes for c in costs),
+            _sum([c.cycles for c in costs]),
+            energy=_sum([c.energy for c in costs]),
+            lut=_sum([c.lut for c in costs]),
+            dsp=_sum([c.dsp for c in costs]),
+            bram=None if (blocks := _sum([c.bram for c in costs])) is None else int(blocks),
+        )
+
+    @property
+    def seconds(self) -> float | None:
+        """The latency of a sample; None without cycles or without a clock."""
+        cycles = self.total.cycles
+        return None if cycles is None or self.clock is None else cycles / self.clock
+
+
+def graph_cost(graph: Graph, target: Target) -> GraphCost:
+    """The cost of each layer and of a whole graph, from assign-bit-widths on, when every value has a width.
+
+    Raises QirError at an earlier stage, and where the target's tables lack a pair of widths.
+    """
+    _need_widths(graph)
+    groups = list(_groups(graph))
+    works = [work_of(graph, ops, seen) for ops, seen in _with_seen(groups)]
+    constants = sum(-(-work.constants // 8) for work in works)
+    peak = peak_bytes(graph, groups)
+    homes, misfits = place(target, constants, peak)
+    layers = tuple(
+        Layer(_name(ops), ops, work, _located(_name(ops), work, target, homes))
+        for ops, work in zip(groups, works, strict=True)
+    )
+    return GraphCost(graph.name, target.name, target.costs.clock, layers, homes, peak, misfits)
+
+
+def layer_cost(work: Work, target: Target, homes: Homes) -> Cost:
+    """The cost of some work, whose data lives in these memories.
+
+    Raises QirError where the target's tables lack the pair of widths.
+    """
+    costs = target.costs
+    if work.macs and (missing := [n for n in costs.uncovered(work.weight_bits, work.activation_bits) if n != "mac"]):
+        pair = f"{work.weight_bits}x{work.activation_bits}"
+        tables = " and ".join(f"costs.{name}" for name in missing)
+        raise QirError(f'{target.name} lists no pair that holds "{pair}"; state it in {tables}')
+    constant_bytes, moved = -(-work.constants // 8), -(-work.loaded // 8) + -(-work.stored // 8)
+    operations = work.macs * work.weight_bits * work.activation_bits
+    found = Cost(work.macs, operations, constant_bytes, moved)
+    changes: dict[str, Any] = {}
+    multipliers = 0
+    if costs.fabric is not None:
+        multipliers = _multipliers(work, costs.fabric)
+        changes |= _logic(work, costs.fabric, multipliers)
+    if costs.has_latency:
+        times = {COMPUTE: _compute(work, costs, multipliers)} | _memory_times(work, costs, homes)
+        bound = max(times, key=lambda name: times[name])
+        overhead = costs.cycles.layer
+        changes |= {"times": times, "cycles": times[bound] + overhead}
+        changes["bound"] = OVERHEAD if overhead > times[bound] else bound
+    if costs.mac_energy:
+        changes["energy"] = _energy(work, costs, homes)
+    return replace(found, **changes)
+
+
+def place(target: Target, constant_bytes: int, peak: int) -> tuple[Homes, tuple[str, ...]]:
+    """The least memories that hold the activations, and the constants beside them, and what fits into none."""
+    costs, misfits = target.costs, []
+    if not costs.load:
+        return Homes(), ()
+    by_size = sorted(costs.load, key=lambda name: (target.memory[name], name))
+
+    def least(names: Sequence[str], need: int, what: str) -> str:
+        found = next((n for n in names if target.memory[n] >= need), None)
+        if found is None:
+            misfits.append(f"{what} take {need:,} bytes, {names[-1]} has {target.memory[names[-1]]:,}")
+        return found or names[-1]
+
+    activations = least([n for n in by_size if n in costs.store], peak, "activations")
+    if costs.weights is None:
+        return Homes(least(by_size, constant_bytes + peak, "constants and activations"), activations), tuple(misfits)
+    need = constant_bytes + (peak if costs.weights == activations else 0)
+    return Homes(least([costs.weights], need, "constants"), activations), tuple(misfits)
+
+
+def work_of(graph: Graph, ops: Sequence[Op], seen: frozenset[Value] = frozenset()) -> Work:
+    """What some ops do as one step; constants that `seen` holds are counted elsewhere."""
+    made = {r for op in ops for r in op.results}
+    read = dict.fromkeys(v for op in ops for v in op.operands if v not in made and not _is_view(op))
+    outputs = set(graph.outputs)
+    kept = [
+        r
+        for op in ops
+        for r in op.results
+        if not _is_view(op) and (r in outputs or any(u not in ops for u in graph.users.get(r, ())))
+    ]
+    multiplying = [op for op in ops if op.macs()]
+    counts = {"requantized": 0, "converted": 0, "elements": 0, "floating": 0}
+    for op in ops:
+        for name, count in _other_work(op, graph.stage):
+            counts[name] += count
+    return Work(
+        macs=sum(op.macs() for op in multiplying),
+        constants=sum(value_bits(v) for v in read if v in graph.constants and v not in seen),
+        loaded=sum(value_bits(v) for v in read if v not in graph.constants),
+        stored=sum(value_bits(v) for v in kept),
+        **_products(multiplying),
+        **counts,
+    )
+
+
+def value_bits(value: Value) -> int:
+    """Bits of a value of one sample, packed."""
+    return value.type.sample_size * element_bits(value)
+
+
+def element_bits(value: Value) -> int:
+    """The width that was assigned or that the type has; 32 of reals."""
+    storage = value.storage or storage_of(value.type.element)
+    return FLOAT_BITS if storage is None else storage.bits
+
+
+def peak_bytes(graph: Graph, groups: Sequence[Sequence[Op]]) -> int:
+    """The most bytes of activations of a sample that are alive at once, where each group of ops is one step.
+
+    A value is alive from the step that writes it, or from the start for an input, to the last that reads it, or to the
+    end for an output. What only its own step reads takes nothing, a reshaped value no room of its own.
+    """
+    step = {op: number for number, ops in enumerate(groups) for op in ops}
+    root = {v: v for v in graph.values()}
+    for op in graph.ops:
+        if _is_view(op):
+            root[op.result] = root[op.operands[0]]
+    spans = {v: [0, 0] for v in graph.inputs}
+    for op in graph.ops:
+        if not isinstance(op, Const) and not _is_view(op):
+            spans |= {r: [step[op], step[op]] for r in op.results}
+    inner = set(spans) - set(graph.inputs) - {root[v] for v in graph.outputs}
+    for op in graph.ops:
+        if _is_view(op) or isinstance(op, Const):
+            continue
+        for value in (root[v] for v in op.operands if root[v] in spans):
+            spans[value][1] = max(spans[value][1], step[op])
+    for value in (root[v] for v in graph.outputs if root[v] in spans):
+        spans[value][1] = len(groups)
+    changes = [0] * (len(groups) + 2)
+    for value, (first, last) in spans.items():
+        if value in inner and first == last and value in graph.users:
+            continue
+        size = -(-value_bits(value) // 8)
+        changes[first] += size
+        changes[last + 1] -= size
+    alive = peak = 0
+    for change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def _need_widths(graph: Graph) -> None:
+    stored = any(v.storage is not None for v in graph.values())
+    if graph.stage is Stage.FLOAT or (graph.stage is Stage.RANGED and not stored):
+        raise QirError(f"graph @{graph.name} at stage {graph.stage} has no widths yet; run assign-bit-widths")
+
+
+def _groups(graph: Graph) -> Iterator[tuple[Op, ...]]:
+    """Neighbours that come from one node of the model, without constants and views."""
+    ops = [op for op in graph.ops if not isinstance(op, Const) and not _is_view(op)]
+    for _, group in groupby(ops, key=lambda op: op.location or op.results[0].name):
+        yield tuple(group)
+
+
+def _with_seen(groups: Sequence[tuple[Op, ...]]) -> Iterator[tuple[tuple[Op, ...], frozenset[Value]]]:
+    """Each group, and of what it reads what a group before it has read."""
+    seen: set[Value] = set()
+    for ops in groups:
+        read = {v for op in ops for v in op.operands}
+        yield ops, frozenset(read & seen)
+        seen |= read
+
+
+def _name(ops: Sequence[Op]) -> str:
+    return ops[0].location or f"%{ops[-1].results[0].name}"
+
+
+def _located(name: str, work: Work, target: Target, homes: Homes) -> Cost:
+    try:
+        return layer_cost(work, target, homes)
+    except QirError as fault:
+        raise QirError(f"{name}: {fault}") from fault
+
+
+def _is_view(op: Op) -> bool:
+    return isinstance(op, Reshape)
+
+
+def _products(ops: Sequence[Op]) -> dict[str, int]:
+    """Positions, terms and widths of the sums of products among some ops; of several the largest of each."""
+    found = {"positions": 1, "terms": 0, "weight_bits": 0, "activation_bits": 0, "accumulator_bits": 0}
+    for op in ops:
+        x, w = op.operands[:2]
+        weight, activation = element_bits(w), element_bits(x)
+        terms = op.macs() // max(op.result.type.sample_size, 1)
+        exact = weight + activation + max(terms, 1).bit_length()
+        own = {
+            "positions": max(op.macs() // max(w.type.sample_size, 1), 1),
+            "terms": terms,
+            "weight_bits": weight,
+            "activation_bits": activation,
+            "accumulator_bits": op.accumulator.bits if isinstance(op, Accumulating) else exact,
+        }
+        found = {name: max(found[name], own[name]) for name in found}
+    return found
+
+
+def _other_work(op: Op, stage: Stage) -> Iterator[tuple[str, int]]:
+    """Elements that are computed without multiply-accumulates, by their kind."""
+    size = sum(r.type.sample_size for r in op.results)
+    if isinstance(op, Requantize):
+        yield "requantized", size
+    elif isinstance(op, Quantize | Dequantize):
+        yield "converted", size
+    elif op.macs():
+        if stage is not Stage.FIXED:  # legalize brings sums to their scale
+            yield "requantized", size
+    elif not isinstance(op, Movement):
+        floating = stage is Stage.FIXED and isinstance(op.operands[0].type.element if op.operands else None, FloatType)
+        window = op.window.kernel if isinstance(op, Pool2d | Windowed) else ()
+        read = max((v.type.sample_size for v in op.operands[:1]), default=0)
+        yield "floating" if floating else "elements", size * math.prod(window) if window else max(size, read)
+
+
+def _multipliers(work: Work, fabric: Fabric) -> int:
+    """The multipliers of a layer: each takes `reuse` weights in turn."""
+    return -(-work.macs // (work.positions * fabric.reuse))
+
+
+def _logic(work: Work, fabric: Fabric, multipliers: int) -> dict[str, Any]:
+    """LUTs, slices and blocks of memory of a layer, as far as the fabric has them."""
+    found: dict[str, Any] = {}
+    logic = fabric.lut_per_sum_bit * work.accumulator_bits
+    if fabric.dsp:
+        found["dsp"] = multipliers * fabric.dsp_of(work.weight_bits, work.activation_bits) if multipliers else 0.0
+    else:
+        logic += fabric.lut_per_bit_operation * work.weight_bits * work.activation_bits
+    if fabric.lut_per_sum_bit or fabric.lut_per_bit_operation:
+        found["lut"] = multipliers * logic
+    if fabric.bram_bits is not None and fabric.bram_port is not None:
+        constants = max(-(-work.constants // fabric.bram_bits), -(-multipliers * work.weight_bits // fabric.bram_port))
+        found["bram"] = constants + -(-work.stored // fabric.bram_bits)
+    return found
+
+
+def _compute(work: Work, costs: Costs, multipliers: int) -> float:
+    """Cycles of computation: multiply-accumulates, then all else."""
+    cycles = 0.0
+    if multipliers:
+        cycles = work.macs / multipliers
+    elif work.macs:
+        cycles = work.macs / costs.rate(work.weight_bits, work.activation_bits)
+    other = costs.cycles
+    cycles += work.requantized * other.requantize + work.converted * other.convert
+    return cycles + work.elements * other.element + work.floating * other.floating
+
+
+def _traffic(work: Work, homes: Homes) -> Iterator[tuple[str, int, int]]:
+    """Memories, and the bits that are loaded from them and stored to them."""
+    if homes.constants:
+        yield homes.constants, work.constants, 0
+        yield homes.activations, work.loaded, work.stored
+
+
+def _memory_times(work: Work, costs: Costs, homes: Homes) -> dict[str, float]:
+    """Cycles of each memory: its loads and stores follow each other."""
+    times: dict[str, float] = {}
+    for name, loaded, stored in _traffic(work, homes):
+        cycles = loaded / 8 / costs.load[name] + (stored / 8 / costs.store[name] if stored else 0.0)
+        times[name] = times.get(name, 0.0) + cycles
+    return times
+
+
+def _energy(work: Work, costs: Costs, homes: Homes) -> float:
+    """Energy in pJ: of the products, and of every byte that moves."""
+    energy = work.macs * costs.energy_of_mac(work.weight_bits, work.activation_bits) if work.macs else 0.0
+    return energy + sum((loaded + stored) / 8 * costs.byte_energy[n] for n, loaded, stored in _traffic(work, homes))
+
+
+def _sum(parts: Sequence[float | None]) -> float | None:
+    stated = [p for p in parts if p is not None]
+    return sum(stated) if stated else None
