@@ -64,7 +64,7 @@ def observe(graph: Graph, feeds: Iterable[Feeds], progress: Progress = no_progre
     total = len(feeds) if isinstance(feeds, Sized) else 0
     found: dict[str, Histogram] = {}
     for number, feed in enumerate(feeds):
-        for part in _parts(graph, feed, number):
+        for part in parts_of(graph, feed, number):
             with np.errstate(all="ignore"):  # what comes out not finite is reported with its name
                 for value, array in evaluate(graph, part):
                     if key := keys.get(value):
@@ -130,8 +130,8 @@ def _observed(graph: Graph) -> Iterator[Value]:
             yield from (v for v in op.results if isinstance(v.type.element, FloatType))
 
 
-def _parts(graph: Graph, feed: Feeds, number: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """The feed in chunks of the batch. Raises CalibrationError where it does not fit the inputs."""
+def parts_of(graph: Graph, feed: Feeds, number: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The feed of this number in chunks of the batch. Raises CalibrationError where it does not fit the inputs."""
     if not isinstance(feed, Mapping):
         raise CalibrationError(
             f"calibration feed {number} is of type {type(feed).__name__}; a feed maps input names to arrays"

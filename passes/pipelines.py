@@ -12,7 +12,9 @@ from qir.pass_manager import Pass, Pipeline
 from qir.passes.assign_bit_widths import AssignBitWidths
 from qir.passes.calibrate import Calibrate
 from qir.passes.canonicalize import Canonicalize
+from qir.passes.correct_bias import CorrectBias
 from qir.passes.dead_code import EliminateDeadCode
+from qir.passes.equalize_cross_layer import EqualizeCrossLayer
 from qir.passes.fold_constants import FoldConstants
 from qir.passes.fuse_activation import FuseActivation
 from qir.passes.fuse_batch_norm import FuseBatchNorm
@@ -31,10 +33,12 @@ PASSES: Final[tuple[type[Pass], ...]] = (
     FuseBatchNorm,
     FuseActivation,
     EliminateDeadCode,
+    EqualizeCrossLayer,
     Calibrate,
     RangeAnalysis,
     AssignBitWidths,
     SelectQFormats,
+    CorrectBias,
     Legalize,
     InsertSaturation,
     MinimizeAccumulators,

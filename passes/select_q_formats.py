@@ -225,12 +225,16 @@ def _weight_types(
         if bias.type.rank != 1:
             raise PassError(f"{op.describe()}: the bias must be a vector; run canonicalize first")
         steps = sum_scale(target, input_scale, scales, op.sum_range).step
-        axis_of_bias, name = (0 if steps.ndim else None), graph.constants[bias].name
-        if target.weights.scales is Scales.POWER_OF_TWO:
-            yield bias, bias.type.with_element(fixed_point(_storage(bias), floor_log2(steps), axis_of_bias))
-        else:
-            kind = affine(_storage(bias), steps.astype(np.float32), 0, axis_of_bias, name)
-            yield bias, bias.type.with_element(kind)
+        kind = bias_format(_storage(bias), steps, target, graph.constants[bias].name)
+        yield bias, bias.type.with_element(kind)
+
+
+def bias_format(storage: IntegerType, steps: npt.NDArray[Any], target: Target, name: str) -> QuantizedType:
+    """The format of a bias in units of the sum, `steps`: one, or one a channel."""
+    axis = 0 if steps.ndim else None
+    if target.weights.scales is Scales.POWER_OF_TWO:
+        return fixed_point(storage, floor_log2(steps), axis)
+    return affine(storage, steps.astype(np.float32), 0, axis, name)
 
 
 def _weight_format(

@@ -63,13 +63,18 @@ def labelled_images() -> tuple[Array, Array]:
 
 
 @cache
+def calibration_images() -> Array:
+    """The 256 training images that ship with qir."""
+    with np.load(ROOT / "qir" / "data" / "fashion_mnist_demo.npz") as data:
+        return images(data["calibration_images"])
+
+
+@cache
 def compiled(name: str, target: str = "arm-neon") -> Compiled:
     """A model compiled for a target on the 256 calibration images."""
-    with np.load(ROOT / "qir" / "data" / "fashion_mnist_demo.npz") as data:
-        calibration = images(data["calibration_images"])
     imported = import_onnx(PATHS[name])
     keep = _KeepTyped()
-    context = PassContext(load_target(target), [{"x": calibration}])
+    context = PassContext(load_target(target), [{"x": calibration_images()}])
     fixed = default_pipeline().run(imported, context, [Verifier(), keep])
     assert keep.graph is not None
     return Compiled(imported, keep.graph, Program(fixed))

@@ -43,7 +43,7 @@ def lower_conv(b: Lowering, op: Op) -> None:
     if weight not in b.graph.constants:
         raise NoIntegerForm("its weights are not constant")
     b.format_of(x)
-    if uses_weights_alone(b, weight):
+    if uses_weights_alone(b.target, weight):
         lower_weight_only(b, op)
         return
     one_d = x.type.rank == 3
@@ -125,7 +125,7 @@ def lower_matmul(b: Lowering, op: Op) -> None:
     assert isinstance(op, MatMul)
     left, right = op.operands[0], op.operands[1]
     b.format_of(left)
-    if uses_weights_alone(b, right):
+    if uses_weights_alone(b.target, right):
         lower_weight_only(b, op)
         return
     scales = _weight_scales(right, -1)

@@ -11,12 +11,13 @@ from qir.arrays import Array
 from qir.ir import Op, Value
 from qir.ops.dequantize_blocks import DequantizeBlocks, pack
 from qir.passes.lowering.context import Lowering, NoIntegerForm
+from qir.target import Target
 from qir.types import TensorType, integer, storage_of
 
 
-def uses_weights_alone(b: Lowering, weight: Value) -> bool:
+def uses_weights_alone(target: Target, weight: Value) -> bool:
     """Whether these weights have a width that the target has for weights alone."""
-    contract, storage = b.target.weight_only, storage_of(weight.type.element)
+    contract, storage = target.weight_only, storage_of(weight.type.element)
     return contract is not None and storage is not None and storage.bits in contract.bits
 
 
@@ -26,8 +27,7 @@ def lower_weight_only(b: Lowering, op: Op) -> None:
     if contract is None or weight not in b.graph.constants:
         raise NoIntegerForm("weights that are quantized alone must be constant")
     data = b.graph.constants[weight].data
-    # The summed axis is the first of a matrix [K, N], and the second of a convolution [O, C / groups, ...].
-    axis = data.ndim - 2 if op.mnemonic == "MatMul" else 1
+    axis = block_axis(op)
     integers, scales = quantize_blocks(data, axis, contract.block, contract.bits[0])
     name = b.claim(weight)
     packed = pack(integers.reshape(-1), contract.packing)
@@ -46,6 +46,11 @@ def lower_weight_only(b: Lowering, op: Op) -> None:
         location=op.location,
     )
     b.island(op, {weight: real})
+
+
+def block_axis(op: Op) -> int:
+    """The axis of weights along which blocks lie, the summed one: [K, N] has it first, [O, C / groups, ...] second."""
+    return op.operands[1].type.rank - 2 if op.mnemonic == "MatMul" else 1
 
 
 def quantize_blocks(

@@ -1,0 +1,161 @@
+"""Bias correction: the mean error of each layer goes, in order, from calibration feeds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from models import PATHS, calibration_images, labelled_images
+
+import qir
+from qir.calibration import Calibration
+from qir.errors import CalibrationError, PassError
+from qir.interpreter import evaluate
+from qir.ir import Graph, Stage
+from qir.ops.float_nn import Conv, MatMul
+from qir.parser import parse
+from qir.pass_manager import PassContext
+from qir.passes.assign_bit_widths import AssignBitWidths
+from qir.passes.correct_bias import CorrectBias
+from qir.passes.pipelines import default_pipeline
+from qir.printer import print_graph, resources
+from qir.verifier import verify
+
+Feed = dict[str, npt.NDArray[Any]]
+
+#: A convolution without a bias, a branch, and a matrix product; 2-bit weights are far from the real ones.
+BRANCHES = """
+graph @branches stage=float (%x: Nx2x4x4 x f32) {
+  %w = const {value=f32 3x2x1x1 [0.9, -0.4, 0.3, 0.8, -0.6, 0.2]} : 3x2x1x1 x f32
+  %a = Conv %x, %w {strides=[1, 1], pads=[1, 1, 1, 1], dilations=[1, 1], groups=1, clip=[0.0, inf]} : Nx3x6x6 x f32
+  %v = const {value=f32 3x1x1x1 [0.7, -0.3, 0.5]} : 3x1x1x1 x f32
+  %k = const {value=f32 3 [0.1, 0.2, -0.3]} : 3 x f32
+  %b = Conv %a, %v, %k {strides=[1, 1], pads=[0, 0, 0, 0], dilations=[1, 1], groups=3} : Nx3x6x6 x f32
+  %s = Add %a, %b : Nx3x6x6 x f32
+  %m = ReduceMean %s {axes=[2, 3], keepdims=false} : Nx3 x f32
+  %u = const {value=f32 3x2 [0.4, 0.9, -0.5, 0.3, 0.2, 0.7]} : 3x2 x f32
+  %c = const {value=f32 2 [0.5, -0.5]} : 2 x f32
+  %y = MatMul %m, %u, %c : Nx2 x f32
+  return %y
+}
+"""
+
+
+def batches(*sizes: int) -> list[Feed]:
+    random = np.random.default_rng(0)
+    return [{"x": random.uniform(-1, 2, (n, 2, 4, 4)).astype(np.float32)} for n in sizes]
+
+
+def typed(feeds: list[Feed], target: str = "asic", override: str = "*:w2") -> Graph:
+    context = PassContext(qir.load_target(target), feeds)
+    pipeline = default_pipeline().replace("assign-bit-widths", AssignBitWidths(override=(override,)))
+    return pipeline.before("legalize").run(parse(BRANCHES), context)
+
+
+def corrected(graph: Graph, feeds: Any, target: str = "asic", **options: Any) -> tuple[Graph, PassContext]:
+    context = PassContext(qir.load_target(target), feeds, **options)
+    after = CorrectBias().run(graph, context)
+    verify(after)
+    return after, context
+
+
+def mean_sums(graph: Graph, feeds: list[Feed]) -> dict[str, npt.NDArray[np.float64]]:
+    """The mean of every layer's sums, before its activation, per channel: by name, one batch of all samples."""
+    ops = tuple(op.with_changes(clip=None, unclipped=None) if isinstance(op, Conv | MatMul) else op for op in graph.ops)
+    whole = {"x": np.concatenate([f["x"] for f in feeds])}
+    found: dict[str, npt.NDArray[np.float64]] = {}
+    arrays = {v.name: a for v, a in evaluate(graph, whole)}
+    for bare in ops:
+        if isinstance(bare, Conv | MatMul):
+            sums = bare.compute(*(arrays[v.name] for v in bare.operands)).astype(np.float64)
+            found[bare.result.name] = sums.mean(axis=tuple(i for i in range(sums.ndim) if i != 1))
+    return found
+
+
+def test_sums_have_the_mean_of_the_float_graph() -> None:
+    feeds = batches(5, 40, 3)
+    before = typed(feeds)
+    after, context = corrected(before, feeds)
+    wanted = mean_sums(before.with_changes(stage=Stage.FLOAT), feeds)
+    off, left = (
+        {name: np.abs(sums - wanted[name]).max() for name, sums in mean_sums(graph, feeds).items()}
+        for graph in (before, after)
+    )
+    assert set(left) == {"a", "b", "y"}
+    assert all(error > 0.02 for error in off.values())
+    assert all(error < 0.002 for error in left.values())  # a bias has steps of its own
+    (note,) = context.notes
+    assert note.startswith("3 biases corrected; outputs were off by ")
+
+
+def test_a_layer_without_a_bias_gets_one_that_is_lowered() -> None:
+    feeds = batches(8)
+    for target, override in (("asic", "*:w3"), ("arm-neon", "*:8"), ("x86-fbgemm", "*:w8"), ("tensorrt", "*:w4")):
+        after, context = corrected(typed(feeds, target, override), feeds, target)
+        assert "a.bias" in {v.name for v in after.constants}
+        assert parse(print_graph(after), resources(after)) == after
+        fixed = qir.Pipeline(list(default_pipeline())[9:]).run(after, context)
+        assert fixed.stage is Stage.FIXED
+
+
+def test_feeds_are_all_that_counts_not_how_they_are_cut() -> None:
+    whole, parts = batches(64), []
+    for start, end in ((0, 1), (1, 30), (30, 64)):
+        parts.append({"x": whole[0]["x"][start:end]})
+    graph = typed(whole)
+    a, b = (corrected(graph, feeds)[0].constants for feeds in (whole, parts))
+    for (name, one), (_, other) in zip(a.items(), b.items(), strict=True):
+        np.testing.assert_allclose(one.data, other.data, rtol=0, atol=1e-6, err_msg=name.name)
+
+
+def test_it_shows_how_far_it_is() -> None:
+    shown: list[tuple[str, int, int]] = []
+    feeds = batches(2, 2)
+    corrected(typed(feeds), feeds, progress=lambda *done: shown.append(done))
+    # Once in floating point, then once for each of three layers in a row, two feeds each.
+    assert shown == [("correct-bias", done, 8) for done in range(1, 9)]
+
+
+def walked_once(feeds: list[Feed]) -> Iterator[Feed]:
+    yield from feeds
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        (None, "correct-bias runs the graph on calibration data, and there are no feeds; pass calibration="),
+        (Calibration(), "there are no feeds"),
+        (walked_once(batches(1)), "an iterator is spent after one walk; pass a list"),
+        ([], "calibration data is empty"),
+        ([{"z": np.zeros(1)}], "calibration feed 0: .*missing"),
+        (batches(1)[0], "calibration feed 0 is of type str"),
+    ],
+)
+def test_feeds_that_do_not_serve_are_refused(feeds: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        corrected(typed(batches(8)), feeds)
+
+
+def test_it_needs_a_target() -> None:
+    with pytest.raises(PassError, match="correct-bias needs a target"):
+        CorrectBias().run(typed(batches(8)), PassContext(calibration=batches(8)))
+
+
+def test_without_layers_nothing_changes() -> None:
+    graph = Graph("empty", Stage.TYPED, (), (), (), ())
+    context = PassContext(qir.load_target("asic"), batches(1))
+    assert CorrectBias().run(graph, context) is graph
+    assert context.notes == ["no layers to correct"]
+
+
+def test_few_bits_lose_less() -> None:
+    images, labels = (a[:2000] for a in labelled_images())
+    graph, feeds = qir.import_onnx(PATHS["fm_cnn"]), [{"x": calibration_images()[:128]}]
+    found = []
+    for pipeline in (default_pipeline(), default_pipeline().insert_after("select-q-formats", CorrectBias())):
+        program = qir.compile(graph, "asic", feeds, pipeline=pipeline, overrides={"*": "w3"})
+        found.append(float(np.mean(program.run({"x": images})["logits"].argmax(axis=1) == labels)))
+    assert found[1] > found[0] + 0.2
