@@ -63,7 +63,7 @@ class EqualizeCrossLayer(Pass):
             raise PassError(f"%{observed.name} is calibrated, and its scale would change; run {self.name} before")
         layers, groups = _connect(graph)
         before = _shares(layers)
-        sweeps = _settle(groups)
+        sweeps = _balance(groups)
         for group in groups:
             if self.power_of_two:
                 group.scales = np.exp2(np.rint(np.log2(group.scales)))
@@ -88,7 +88,7 @@ class _Group:
 
     @property
     def changed(self) -> npt.NDArray[np.bool_]:
-        """Which channels have another scale than they had."""
+        """Which channels have another scale than they had, beyond what counts as equal."""
         return np.abs(np.log2(self.scales)) > _TOLERANCE
 
     def balance(self) -> float:
@@ -170,7 +170,7 @@ class _Layer:
         return tuple(arrays)
 
 
-def _settle(groups: list[_Group]) -> int:
+def _balance(groups: list[_Group]) -> int:
     """Balance groups in turn until none moves; returns how often. Each turn averages what its neighbours ask for."""
     for sweep in range(1, _MOST_SWEEPS + 1):
         if max((g.balance() for g in groups), default=0.0) <= _TOLERANCE:
@@ -215,7 +215,7 @@ def _rewritten(graph: Graph, layers: list[_Layer]) -> Graph:
 
 
 def _moves(layer: _Layer) -> bool:
-    return any(g is not None and bool(g.changed.any()) for g in (layer.source, layer.result))
+    return any(g is not None and bool((g.scales != 1).any()) for g in (layer.source, layer.result))
 
 
 def _connect(graph: Graph) -> tuple[list[_Layer], list[_Group]]:
