@@ -49,7 +49,7 @@ def main() -> int:
     """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(models.PATHS), default=["fm_cnn", "fm_mobile"])
-    parser.add_argument("--target", default="asic", help="one whose weights take these widths, such as fpga")
+    parser.add_argument("--target", default="fpga", help="one whose weights take these widths")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4, 3, 2])
     arguments = parser.parse_args()
     for name in arguments.models:

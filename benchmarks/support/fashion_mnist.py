@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from support import models
@@ -12,5 +11,4 @@ from support import models
 
 def calibration_images() -> npt.NDArray[Any]:
     """The 256 training images that ship with qir, as the models take them."""
-    with np.load(models.ROOT / "qir" / "data" / "fashion_mnist_demo.npz") as data:
-        return models.images(data["calibration_images"])
+    return models.calibration_images()
