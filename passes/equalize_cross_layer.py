@@ -276,7 +276,8 @@ class _Finder:
             self._layer(op)
             return
         sources = [v for v in op.operands if v in self.channels]
-        found = {_behind(op, v, self.channels[v]) for v in sources} if len(sources) == len(op.operands) else set()
+        follows = len(sources) == len(op.operands) and len(op.results) == 1
+        found = {_behind(op, v, self.channels[v]) for v in sources} if follows else set()
         behind = found.pop() if len(found) == 1 else None
         if behind is None:
             self._fixed.update(sources)

@@ -96,7 +96,13 @@ def test_sums_have_the_mean_of_the_float_graph() -> None:
 
 def test_a_layer_without_a_bias_gets_one_that_is_lowered() -> None:
     feeds = batches(8)
-    for target, override in (("asic", "*:w3"), ("arm-neon", "*:8"), ("x86-fbgemm", "*:w8"), ("tensorrt", "*:w4")):
+    for target, override in (
+        ("asic", "*:w3"),
+        ("arm-neon", "*:8"),
+        ("x86-fbgemm", "*:w8"),
+        ("dsp16", "*:16"),
+        ("tensorrt", "*:w4"),
+    ):
         after, context = corrected(typed(feeds, target, override), feeds, target)
         assert "a.bias" in {v.name for v in after.constants}
         assert parse(print_graph(after), resources(after)) == after
