@@ -1,6 +1,6 @@
 """Top-1 accuracy with weights of few bits, with and without each method of better rounding, as Markdown tables.
 
-On all 10,000 test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default
+On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default
 width. fm_mobile has Relu6, across which no channel can be rescaled: only those of its residual sums are.
 """
 
@@ -30,9 +30,11 @@ _METHODS: Final = {
 }
 
 
-def rows(name: str, target: str, widths: list[int], progress: Progress) -> Iterator[tuple[int, list[float]]]:
-    """For each width of weights, the accuracy by each method."""
-    images, labels = models.labelled_images()
+def rows(
+    name: str, target: str, widths: list[int], count: int, progress: Progress
+) -> Iterator[tuple[int, list[float]]]:
+    """For each width of weights, the accuracy by each method on so many images."""
+    images, labels = (a[:count] for a in models.labelled_images())
     graph, calibration = qir.import_onnx(models.PATHS[name]), [{"x": calibration_images()}]
     for bits in widths:
         found = []
@@ -49,13 +51,14 @@ def main() -> int:
     """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(models.PATHS), default=["fm_cnn", "fm_mobile"])
-    parser.add_argument("--target", default="fpga", help="one whose weights take these widths")
+    parser.add_argument("--target", default="asic", help="one whose weights take these widths")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4, 3, 2])
+    parser.add_argument("--images", type=int, default=10_000, help="how many of the 10,000 test images (all)")
     arguments = parser.parse_args()
     for name in arguments.models:
         print(f"| {name}, {arguments.target}: bits | {' | '.join(_METHODS)} |\n|---|{'---|' * len(_METHODS)}")
         with progress_bar() as progress:
-            for bits, found in rows(name, arguments.target, arguments.bits, progress):
+            for bits, found in rows(name, arguments.target, arguments.bits, arguments.images, progress):
                 print(f"| {bits} | {' | '.join(f'{a:.4f}' for a in found)} |", flush=True)
         print(flush=True)
     return 0
