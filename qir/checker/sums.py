@@ -132,7 +132,8 @@ def _entering(op: Any, terms: _Terms) -> tuple[_Terms, dict[str, Span], bool]:
         return _Terms(lo, hi, step, real), lanes, shift >= 0
     if shift < 0:
         lo, hi = (rounded(e, -shift, op.rounding) for e in (lo, hi))
-    lanes["entering"] = [between(lo.min(), hi.max())]
+    padding = [0] * (not real.all())
+    lanes["entering"] = [between(min([lo.min(), *padding]), max([hi.max(), *padding]))]
     least, most = kept_ends(op.product, op.product_overflow)
     is_exact = shift >= 0 and bool(least <= lo.min() and hi.max() <= most)
     return _Terms(*cut(lo, hi, op.product, op.product_overflow), step, real), lanes, is_exact

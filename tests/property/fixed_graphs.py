@@ -412,7 +412,7 @@ class FixedMaker:
                     value = self.emit(FixedAdd, [value, value], elements=[S32], overflow=Overflow.SATURATE)
                 case "transpose":
                     value = self.emit(FixedTranspose, [value], perm=(0, *range(value.type.rank - 1, 0, -1)))
-                case "max" if value.type.rank == 4:
+                case "max" if value.type.rank == 4 and value.type.sample_size:
                     value = self.emit(
                         FixedMaxPool, [value], kernel=(1, 1), strides=(1, 1), pads=(0,) * 4, dilations=(1, 1)
                     )

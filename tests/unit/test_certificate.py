@@ -556,3 +556,19 @@ def test_check_refuses_files_that_do_not_belong_together(build: Path, capsys: py
 def test_load_proves_anew_and_needs_no_certificate(build: Path) -> None:
     (build / "certificate.json").unlink()
     assert qir.load(build).graph == NET
+
+
+def test_a_register_of_products_holds_the_0_of_padding() -> None:
+    """Where products are narrowed one by one, what padding adds is one of them."""
+    graph = qir.parse("""
+        graph @g stage=fixed (%x: Nx1x1x1 x s8[3, 17]) {
+          %w = const {value=s8 1x1x1x1 [127]} : 1x1x1x1 x s8
+          %y = conv2d %x, %w {accumulator=s32, overflow=wrap, order=khwc, product=s16, product_overflow=saturate,
+            pads=[0, 0, 0, 1], strides=[1, 1], dilations=[1, 1], groups=1} : Nx1x2x1 x s32
+          return %y
+        }""")
+    stated = certificate(graph)
+    assert (stated["lanes"]["y:entering"]["lo"], stated["lanes"]["y:entering"]["hi"]) == (0, 17 * 127)
+    assert faults_of(graph, stated) == []
+    (fault,) = faults_of(graph, changed(stated, ("lanes", "y:entering", "lo"), lambda n: n + 1))
+    assert fault.startswith("lanes 'y:entering': states [1, 2159], which does not hold")
