@@ -26,6 +26,7 @@ from qir.pass_manager import Progress, no_progress
 from qir.program import Program
 from qir.proof import Proof, prove_claims
 from qir.report import fields_text
+from qir.table import columns
 from qir.verifier import verify
 
 Tensor = npt.NDArray[Any]
@@ -216,13 +217,8 @@ def _ratio(share: Fraction | None) -> str:
 
 def _table(layers: tuple[LayerCheck, ...]) -> Iterator[str]:
     rows = [_HEADINGS, *map(_row, layers)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    for row, layer in zip(rows, (None, *layers), strict=True):
-        cells = [
-            text.rjust(width) if column in _NUMBERS else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
+    for line, layer in zip(columns(rows, _NUMBERS), (None, *layers), strict=True):
+        yield line
         if layer is not None:
             yield from (f"    {remark}" for remark in layer.remarks())
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from qir.cost import COMPUTE, OVERHEAD, Cost, GraphCost
 from qir.errors import QirError
 from qir.report import fields_text, size_text
+from qir.table import columns
 
 #: Formats of drawings, by the ends of file names.
 FORMATS: Final = (".svg", ".png")
@@ -40,12 +41,8 @@ def cost_text(cost: GraphCost) -> str:
     rows = [[name for name, _ in shown] + ["layer"]]
     rows += [[show(layer.cost) for _, show in shown] + [layer.name] for layer in cost.layers]
     rows.append([show(cost.total) for _, show in shown] + [f"total of {len(cost.layers)} layers"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
-    words = [name in _WORDS for name, _ in shown]
-    lines = []
-    for row in rows:
-        cells = [t.ljust(w) if is_word else t.rjust(w) for t, w, is_word in zip(row, widths, words, strict=False)]
-        lines.append("  ".join([*cells, row[-1]]))
+    words = {i for i, (name, _) in enumerate(shown) if name in _WORDS}
+    lines = columns(rows, set(range(len(shown))) - words)
     return "\n".join([*lines, "", fields_text(_fields(cost))])
 
 

@@ -20,6 +20,7 @@ from qir.ops.accumulate import Accumulating
 from qir.pass_manager import Pass, PassContext, PassRecord
 from qir.probes import Probe, count_inputs, every_input, some_inputs
 from qir.proof import prove
+from qir.table import columns
 from qir.types import S64, AffineType, FixedPointType, shape_text, storage_of
 
 Tensor = npt.NDArray[Any]
@@ -97,11 +98,7 @@ class Equivalence:
         rows += [
             (r.pass_name, str(r.method), f"{r.inputs:,}", f"{r.differing:,}", f"{r.seconds:.2f}") for r in self.records
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(t.ljust(w) if c < 2 else t.rjust(w) for c, (t, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        )
+        return "\n".join(columns(rows, (2, 3, 4)))
 
 
 def differ_in_facts_only(before: Graph, after: Graph) -> bool:

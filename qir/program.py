@@ -23,6 +23,7 @@ from qir.ops.accumulate import Accumulating
 from qir.ops.fixed_rescale import dequantize_array, quantize_input
 from qir.proof import prove_claims
 from qir.serialization import read_graph, whole_folder, write_graph
+from qir.table import columns
 from qir.types import is_quantized, storage_of
 from qir.verifier import verify
 
@@ -71,20 +72,13 @@ class Plan:
             size, offset = (f"{step.buffer.bytes:,}", f"{step.buffer.offset:,}") if step.buffer else ("-", "-")
             scratch = sum(b.bytes for b in step.scratch)
             rows.append((str(number), step.kernel, size, offset, f"{scratch:,}" if scratch else "", f"%{step.output}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             f"{len(self.steps)} steps; arena {self.sample_bytes:,} bytes a sample and {self.fixed_bytes:,} fixed; "
             f"up to {self.chunk:,} samples at a time",
             f"weights {self.weight_bytes:,} bytes, packed for this host {self.packed_bytes:,}",
             "",
         ]
-        for row in rows:
-            cells = [
-                text.rjust(width) if column in _NUMBERS else text.ljust(width)
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *columns(rows, _NUMBERS)])
 
 
 class Program:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from qir.comparison.attribution import Cause
+from qir.table import columns
 
 _LAYER_WIDTH: Final = 34
 _CAUSE_WIDTH: Final = 80
@@ -179,11 +180,8 @@ def _decibels(value: float) -> str:
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
     """Columns two blanks apart; those of `right` are aligned to the right. Empty columns are left out."""
     kept = [c for c in range(len(rows[0])) if any(row[c] for row in rows[1:])]
-    widths = {c: max(len(row[c]) for row in rows) for c in kept}
-    return "\n".join(
-        "  ".join(row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in kept).rstrip()
-        for row in rows
-    )
+    numbers = [place for place, column in enumerate(kept) if column in right]
+    return "\n".join(columns([[row[c] for c in kept] for row in rows], numbers))
 
 
 def _finite(item: Any) -> Any:

@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[2]
 
 # A module or subpackage of qir may import from its own layer and from those above it in this table.
 LAYERS = (
-    ("errors", "arrays", "types", "fixed_point", "integer_functions", "integer_functions_16", "interval", "affine"),
+    (
+        "errors",
+        "table",
+        "arrays",
+        "types",
+        "fixed_point",
+        "integer_functions",
+        "integer_functions_16",
+        "interval",
+        "affine",
+    ),
     ("ir",),
     ("checker",),
     ("opdef",),
