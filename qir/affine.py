@@ -8,6 +8,7 @@ bits that sums of them stay exact in int64; what rounding loses is part of the o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qir.interval import Bounds, ExactArray, exact
+from qir.interval import Bounds, ExactArray, exact, product_ends
 
 IntArray = npt.NDArray[np.int64]
 Place = tuple[int, ...]
@@ -93,19 +94,19 @@ class Linear:
         elements = max(sum(times for _, times in self.counted(source)), 1)
         largest = 2 * _largest(self.arrays()) * int(source.reach.max(initial=0)) * max(len(source.lo), 1)
         is_wide = (largest * elements).bit_length() > _SUM_BITS
-        bounds = tuple(e.astype(object) if is_wide else e for e in (source.lo, source.hi))
+        lo, hi = (e.astype(object) if is_wide else e for e in (source.lo, source.hi))
         axes = max(self.sums, key=source.count, default=None) if not self.is_padded else None
         found: list[tuple[Any, Any]] = []
         shared = 0
         for place, weights in self.taps.items():
             if axes is not None and not any(p for a, p in enumerate(place) if a not in axes):
-                found.append(_span(weights + self.sums[axes], bounds))
+                found.append(product_ends(weights + self.sums[axes], lo, hi))
                 shared += 1
             else:
-                least, most = _span(weights, bounds)
+                least, most = product_ends(weights, lo, hi)
                 found.append((np.minimum(least, 0), np.maximum(most, 0)) if self.is_padded else (least, most))
         for key, weights in self.sums.items():
-            least, most = _span(weights, bounds)
+            least, most = product_ends(weights, lo, hi)
             times = source.count(key) - (shared if key == axes else 0)
             found.append((least * times, most * times))
         low, high = (sum((exact(np.sum(pair[i], axis=1)) for pair in found), exact(0)) for i in (0, 1))
@@ -309,11 +310,9 @@ class Form:
                     sums = _merged(sums, {key: _product(weights, below)})
             steps = inner if is_pointwise else tuple(a * b for a, b in zip(strides, inner, strict=True))
             terms[source, steps] = Linear(taps, sums, linear.is_padded or is_padded)
-        wide = exact(np.stack(list(kernel.values())))
-        positive, negative = np.maximum(wide, 0), np.minimum(wide, 0)
-        lo = (positive * self.lo + negative * self.hi).sum(axis=(0, 2))
-        hi = (positive * self.hi + negative * self.lo).sum(axis=(0, 2))
-        found = replace(self, grid=self.grid if is_pointwise else grid, terms=terms, lo=exact(lo), hi=exact(hi))
+        ends = product_ends(exact(np.stack(list(kernel.values()))), self.lo, self.hi)
+        lo, hi = (exact(e.sum(axis=(0, 2))) for e in ends)
+        found = replace(self, grid=self.grid if is_pointwise else grid, terms=terms, lo=lo, hi=hi)
         return found._within_limits()
 
     def scaled(self, factors: Sequence[Fraction], error: tuple[Sequence[Fraction], Sequence[Fraction]]) -> Form | None:
@@ -325,7 +324,7 @@ class Form:
         if max(mantissas).bit_length() + _WEIGHT_BITS > _SUM_BITS:
             return None
         by = np.array(mantissas, np.int64)[:, None]
-        form = self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
+        form = self._light()
         largest = exact(np.zeros(self.channels, np.int64))
         for linear in form.terms.values():
             for weights in linear.arrays():
@@ -351,7 +350,7 @@ class Form:
         double, width = lo + hi, hi - lo
         if max((abs(int(d)).bit_length() for d in double), default=0) + _WEIGHT_BITS > _SUM_BITS:
             return None
-        form = self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
+        form = self._light()
         by = double.astype(np.int64)[:, None]
         terms = {key: linear.map(lambda w: w * by) for key, linear in form.terms.items()}
         ends = np.minimum(form.lo * double, form.hi * double), np.maximum(form.lo * double, form.hi * double)
@@ -428,6 +427,10 @@ class Form:
         """The form with rounded weights, or None where there are too many of them."""
         if sum(w.size for linear in self.terms.values() for w in linear.arrays()) > _MOST_WEIGHTS:
             return None
+        return self._light()
+
+    def _light(self) -> Form:
+        """With weights of at most so many bits that products of them stay within int64."""
         return self._at(self.scale - max(self._bits() - _WEIGHT_BITS, 0))
 
 
@@ -442,7 +445,7 @@ def stacked(forms: Sequence[Form]) -> Form | None:
     for form, start in zip(aligned, starts[:-1], strict=True):
         rows = (int(start), channels - int(start) - form.channels)
         for key, linear in form.terms.items():
-            part = linear.map(lambda w, rows=rows: np.pad(w, (rows, (0, 0))))  # type: ignore[misc]
+            part = linear.map(functools.partial(np.pad, pad_width=(rows, (0, 0))))
             terms[key] = terms[key].plus(part) if key in terms else part
     lo, hi = (exact(np.concatenate([getattr(f, name) for f in aligned])) for name in ("lo", "hi"))
     absorbed = frozenset[str]().union(*(f.absorbed for f in forms))
@@ -452,12 +455,6 @@ def stacked(forms: Sequence[Form]) -> Form | None:
 def _merged(left: Mapping[Any, IntArray], right: Mapping[Any, IntArray]) -> dict[Any, IntArray]:
     """Arrays of both, added where both have one."""
     return {**left, **{key: left[key] + weights if key in left else weights for key, weights in right.items()}}
-
-
-def _span(weights: Any, bounds: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The least and the greatest products with values within the bounds."""
-    positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
-    return positive * bounds[0] + negative * bounds[1], positive * bounds[1] + negative * bounds[0]
 
 
 def _is_pointwise(strides: Place, linear: Linear) -> bool:

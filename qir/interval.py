@@ -62,6 +62,12 @@ def gcd(*values: npt.ArrayLike) -> ExactArray:
     return functools.reduce(lambda a, b: exact(np.gcd(a, b)), map(exact, values))
 
 
+def product_ends(weights: Any, lo: Any, hi: Any) -> tuple[Any, Any]:
+    """The least and the greatest products of integers, or integer arrays, with values in [lo, hi]."""
+    positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
+    return positive * lo + negative * hi, positive * hi + negative * lo
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bounds:
     """Exact integer bounds of a tensor: object arrays of Python ints, 0-d for the whole tensor or 1-d per last axis.

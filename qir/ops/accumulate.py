@@ -14,7 +14,7 @@ import numpy.typing as npt
 from qir.affine import Form
 from qir.arrays import Array
 from qir.fixed_point import Overflow, RequantizeForm, Rounding, kept_bounds, narrow, round_shift, rounded_product
-from qir.interval import Bounds, Interval, exact, gcd
+from qir.interval import Bounds, Interval, exact, gcd, product_ends
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.types import ElementType, IntegerType, TensorType, storage_of, zero_array
 
@@ -145,13 +145,8 @@ class Accumulating(Op):
         total = start
         if bias is not None and self.order.bias_first:
             total = total + bias
-        dropped = self.dropped_bits
         for product in chain:
-            if dropped:
-                assert self.rounding is not None
-                total = round_shift((total << dropped) + product, dropped, self.rounding)
-            else:
-                total = total + product
+            total = self._step(total, product)
             if self.is_stepwise:
                 total = self.close(total)
         if bias is not None and not self.order.bias_first:
@@ -485,8 +480,7 @@ def term_bounds(x: Bounds, w: Bounds) -> Terms:
     largest = max(abs(int(span.lo)), abs(int(span.hi)), 1) * max(int(np.abs(w.data).max(initial=0)), 1)
     weights = w.data if largest.bit_length() + int(w.data.size).bit_length() < 60 else exact(w.data)
     low, high, step = (e.astype(weights.dtype) for e in (x.lo, x.hi, x.steps))
-    positive, negative = np.maximum(weights, 0), np.minimum(weights, 0)
-    return Terms(positive * low + negative * high, positive * high + negative * low, np.abs(weights) * step)
+    return Terms(*product_ends(weights, low, high), np.abs(weights) * step)
 
 
 def integer_operands(op: Op) -> Iterator[str]:
