@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from qir.demand import demands
 from qir.fixed_point import Overflow
@@ -26,6 +27,7 @@ from qir.types import (
     container_bounds,
     scale_array,
     storage_of,
+    stored_in,
 )
 from qir.verifier import find_faults
 
@@ -130,14 +132,15 @@ def _turned_off(graph: Graph, dead: Mapping[Op, IntegerType], method: Method) ->
             assert storage is not None
             low, high = min(k.lo for k in (storage, *parts)), max(k.hi for k in (storage, *parts))
             wider[op.result] = storage.narrowed(low, high)
+
+    def facts(value: Value) -> dict[str, Any]:
+        if value not in wider:
+            return {}
+        return {"type": value.type.with_element(stored_in(value.type.element, wider[value])), "range": None}
+
     found = map_values(
         graph,
-        lambda v: {"type": v.type.with_element(_stored(v.type.element, wider[v])), "range": None} if v in wider else {},
+        facts,
         attributes=lambda op: {"overflow": Overflow.NONE} if op in dead else {},
     )
     return RangeAnalysis(method).run(found, PassContext())
-
-
-def _stored(element: ElementType, storage: IntegerType) -> ElementType:
-    """The same meaning in another storage."""
-    return element.with_storage(storage) if isinstance(element, AffineType | FixedPointType) else storage

@@ -23,7 +23,7 @@ from qir.ir import Graph, OpBounds, Stage, Value
 from qir.ops.accumulate import STEPWISE, Accumulating, Chains, centre
 from qir.proof import prove
 from qir.rewrite import GraphBuilder, map_values
-from qir.types import AffineType, FixedPointType, IntegerType, TensorType, storage_of, zero_array
+from qir.types import IntegerType, TensorType, storage_of, stored_in, zero_array
 
 Tensor = npt.NDArray[Any]
 
@@ -142,10 +142,7 @@ def _holding(kind: TensorType, bounds: Bounds) -> TensorType:
     storage, hull = storage_of(kind.element), bounds.hull
     if storage is None or not kind.sample_size:
         return kind
-    narrowed = storage.narrowed(int(hull.lo), int(hull.hi))
-    if isinstance(kind.element, AffineType | FixedPointType):
-        return kind.with_element(kind.element.with_storage(narrowed))
-    return kind.with_element(narrowed)
+    return kind.with_element(stored_in(kind.element, storage.narrowed(int(hull.lo), int(hull.hi))))
 
 
 def _harmless(storage: IntegerType) -> Overflow:

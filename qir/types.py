@@ -208,6 +208,11 @@ def storage_of(element: ElementType) -> IntegerType | None:
     return element if isinstance(element, IntegerType) else element.storage
 
 
+def stored_in(element: ElementType, storage: IntegerType) -> ElementType:
+    """The integer type of another storage whose integers mean what those of `element` do."""
+    return element.with_storage(storage) if isinstance(element, AffineType | FixedPointType) else storage
+
+
 def is_quantized(element: ElementType) -> bool:
     """Whether integers of this type stand for reals."""
     return isinstance(element, AffineType | FixedPointType)

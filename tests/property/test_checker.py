@@ -22,7 +22,7 @@ from qir.interval import Bounds, Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.accumulate import Accumulating, Order
 from qir.proof import Method, false_claims, prove
-from qir.types import AffineType, IntegerType, TensorType, storage_of
+from qir.types import AffineType, IntegerType, TensorType, storage_of, stored_in
 from qir.verifier import find_faults
 
 
@@ -181,9 +181,7 @@ def _retyped(draw: st.DrawFn, value: Value, what: str) -> Value:
         return replace(value, type=TensorType(value.type.shape, replace(kind, zero_point=Array(np.array(zero)))))
     ends = storage.lo + abs(low), storage.hi - abs(high)
     assume(ends[0] <= ends[1])
-    narrow = storage.narrowed(*ends)
-    element = narrow if isinstance(kind, IntegerType) else kind.with_storage(narrow)  # type: ignore[union-attr]
-    return replace(value, type=TensorType(value.type.shape, element))
+    return replace(value, type=TensorType(value.type.shape, stored_in(kind, storage.narrowed(*ends))))
 
 
 def _replaced(graph: Graph, op: Op | None, attributes: dict[str, Any], retyped: tuple[Value, Value] | None) -> Graph:
