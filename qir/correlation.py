@@ -17,10 +17,10 @@ from qir.fixed_point import Overflow
 from qir.idle import is_product_idle, overflow_room
 from qir.interval import Bounds, Interval, exact
 from qir.ir import Op, OpBounds, Value
-from qir.ops.accumulate import STEPWISE, Accumulating, centered
+from qir.ops.accumulate import STEPWISE, Accumulating, centered, zero_ends
 from qir.ops.constant import Const
 from qir.ops.movement import Movement
-from qir.types import TensorType, zero_array
+from qir.types import zero_array
 
 #: A clamp that cuts off at most this share of a value's range is an error of the form; a harder one ends it.
 _MOST_CUT: Final = 4
@@ -71,7 +71,7 @@ class Correlations:
 
 def _narrowed(op: Op, step: OpBounds, form: Form) -> tuple[OpBounds, Form | None]:
     """The bounds of an op that narrows its exact result, or only moves elements."""
-    free = _stored(op.result.type, form.bounds())
+    free = form.bounds().within(*zero_ends(op.result.type))
     room = overflow_room(op)
     if room is None or step.unsaturated is None:
         return replace(step, results=(step.results[0].intersect(free),)), form
@@ -94,14 +94,6 @@ def _may_move_zeros(op: Op) -> bool:
     return isinstance(op, Movement) and any(
         len(set(zero_array(v.type.element).reshape(-1).tolist())) > 1 for v in (*op.operands, op.result)
     )
-
-
-def _stored(kind: TensorType, centre: Bounds) -> Bounds:
-    """Bounds of `q` from those of `q - zero_point`."""
-    zeros = exact(zero_array(kind.element))
-    if getattr(kind.element, "axis", None) in (None, kind.rank - 1):
-        return centre.shifted(zeros)
-    return Bounds.of(centre.lo + zeros.min(), centre.hi + zeros.max())
 
 
 def _accumulated(

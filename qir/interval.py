@@ -134,6 +134,11 @@ class Bounds:
         """The image under adding `offset`, a scalar or one value per channel."""
         return Bounds.of(self.lo + exact(offset), self.hi + exact(offset), self.steps)
 
+    def within(self, lo: npt.ArrayLike, hi: npt.ArrayLike) -> Bounds:
+        """The image under adding something in [lo, hi], scalars or one value per channel."""
+        low, high = exact(lo), exact(hi)
+        return self.shifted(low) if np.array_equal(low, high) else Bounds.of(self.lo + low, self.hi + high)
+
     def union(self, other: Bounds) -> Bounds:
         """Channel by channel, the hull of both."""
         step = gcd(self.steps, other.steps, self.lo - other.lo)

@@ -457,14 +457,20 @@ def centre(data: Tensor, kind: TensorType) -> Tensor:
     return data - zeros.reshape([-1 if i == axis else 1 for i in range(data.ndim)])
 
 
+def zero_ends(kind: TensorType) -> tuple[Tensor, Tensor]:
+    """The zero point of each channel, twice, or the least and the greatest where they run along another axis."""
+    zeros = exact(zero_array(kind.element))
+    if not zeros.size:  # of no channels
+        return exact(0), exact(0)
+    if getattr(kind.element, "axis", None) in (None, kind.rank - 1):
+        return zeros, zeros
+    return exact(zeros.min()), exact(zeros.max())
+
+
 def centered(kind: TensorType, bounds: Bounds) -> Bounds:
     """Bounds of `q - zero_point`, with the centred data where the tensor is constant."""
-    zeros = zero_array(kind.element)
-    if zeros.size and getattr(kind.element, "axis", None) not in (None, kind.rank - 1):
-        shifted = Bounds.of(bounds.lo - int(zeros.max()), bounds.hi - int(zeros.min()))
-    else:
-        shifted = bounds.shifted(-exact(zeros)) if zeros.size else bounds
-    data = bounds.data
+    low, high = zero_ends(kind)
+    shifted, data = bounds.within(-high, -low), bounds.data
     if data is not None:
         storage = storage_of(kind.element)
         data = centre(exact(data) if storage is None or storage.bits > 60 else data.astype(np.int64), kind)

@@ -15,7 +15,7 @@ from qir.fixed_point import Overflow, Rounding, kept_bounds, narrow, round_divid
 from qir.interval import EVERYTHING, Bounds, Interval, exact, gcd
 from qir.ir import FIXED_ONLY, Op, OpBounds
 from qir.opdef import broadcast_shapes, known_dim, normalize_axis
-from qir.ops.accumulate import bits_of, centered, centre, integer_operands, narrowing_faults
+from qir.ops.accumulate import bits_of, centered, centre, integer_operands, narrowing_faults, zero_ends
 from qir.types import ElementType, IntegerType, Shape, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
@@ -56,13 +56,8 @@ class Elementwise(Op):
 
     def affine(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The exact result less the zero point of the result's type."""
-        form, kind = self.combined(operands, bounds), self.result.type
-        zeros = exact(zero_array(kind.element))
-        if form is None or not zeros.any():
-            return form
-        if getattr(kind.element, "axis", None) not in (None, kind.rank - 1):
-            return form.shifted(-zeros.max(), -zeros.min())
-        return form.shifted(-zeros, -zeros)
+        form, (low, high) = self.combined(operands, bounds), zero_ends(self.result.type)
+        return None if form is None else form.shifted(-high, -low)
 
     def combined(self, operands: Sequence[Form | None], bounds: Sequence[Bounds]) -> Form | None:
         """The exact result from the forms and bounds of the operands; None: unknown."""
