@@ -71,6 +71,10 @@ class RequantizeForm(StrEnum):
     DOUBLE_AWAY = "double_away"
 
 
+#: Forms that multiply in floating point and round once, which have no intermediate of integers.
+FLOAT_FORMS: Final = frozenset({RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY})
+
+
 def round_shift(value: Integers, shift: Integers, rounding: Rounding) -> Integers:
     """`value / 2**shift`, rounded; a negative shift is an exact left shift. Shifts broadcast against the values.
 

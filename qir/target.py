@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from qir.cost_tables import Costs
 from qir.errors import ContractError
-from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
 from qir.ops.accumulate import STEPWISE, Order
 from qir.ops.dequantize_blocks import Packing
 from qir.ops.fixed_rescale import QuantizeRule
@@ -24,7 +24,6 @@ from qir.types import IntegerType, integer
 
 #: Activations and weights have at most this many bits.
 MOST_BITS: Final = 16
-_FLOAT_FORMS: Final = frozenset({RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY})
 #: Forms that take a register of 32 bits, and wrap what is wider.
 FORMS_OF_32_BITS: Final = frozenset({RequantizeForm.DOUBLE_ROUND, RequantizeForm.NEON})
 
@@ -439,7 +438,7 @@ class Target:
         bits, form = min(self.activations.bits), self.requantization.of("add").form
         if rule is SumRule.MULTIPLIERS and bits > 8:
             yield ContractError("addition.rule", f"multipliers takes activations of 8 bits at most, not {bits}")
-        if rule is SumRule.COMMON_SCALE and form in (RequantizeForm.SHIFT, *_FLOAT_FORMS):
+        if rule is SumRule.COMMON_SCALE and form in (RequantizeForm.SHIFT, *FLOAT_FORMS):
             yield ContractError("addition.rule", f"common_scale rescales by integer multipliers, not by {form}")
         if rule is SumRule.COMMON_SCALE and bits + self.addition.left_shift > 31:
             shift = self.addition.left_shift
@@ -449,7 +448,7 @@ class Target:
         if self.floating_point:
             return
         for key, rule in self.requantization.each():
-            if rule.form in _FLOAT_FORMS:
+            if rule.form in FLOAT_FORMS:
                 yield ContractError(f"requantization.{key}form", f"{rule.form} needs floating_point = true")
         if self.addition.rule is SumRule.FLOAT32:
             yield ContractError("addition.rule", "float32 needs floating_point = true")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
 from qir.interval import Bounds, bits_of_interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.accumulate import Accumulating
@@ -195,10 +195,8 @@ class Lowering(Rewriter):
         total = self.emit(op_class, operands, accumulator=register, name=inner, location=location, **attributes)
         if not contract.guard_bits:
             return total
-        rounding, overflow = (
-            Rounding.FLOOR,
-            contract.overflow,
-        )  # nothing is rounded: the same integers in a narrower type
+        # the same integers in a narrower type: nothing is rounded
+        rounding, overflow = Rounding.FLOOR, contract.overflow
         return self.shifted(total, 0, read, rounding=rounding, overflow=overflow, name=name, location=location)
 
     def _proved_bits(
@@ -300,7 +298,7 @@ class Lowering(Rewriter):
         """Integers of `least` bits or more that hold all results of a requantize, zero point apart; at most 64."""
         storage = storage_of(value.type.element)
         assert storage is not None
-        if attributes["form"] in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY):
+        if attributes["form"] in FLOAT_FORMS:
             return integer(_WIDEST)
         left = attributes["input_shift"] + max(int(attributes["shift"].data.max(initial=0)), 0)
         return integer(min(max(storage.bits + 1 + left, least), _WIDEST))

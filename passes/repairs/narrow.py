@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.fixed_point import Overflow, RequantizeForm, Rounding, round_shift
+from qir.fixed_point import FLOAT_FORMS, Overflow, Rounding, round_shift
 from qir.ir import Op
 from qir.ops.accumulate import centre
 from qir.ops.fixed_linear import Conv2d, FixedMatMul
@@ -24,8 +24,6 @@ from qir.passes.repairs.replacement import Replacement, Site, constant, has_zero
 
 Weights = npt.NDArray[np.int64]
 Fits = Callable[[Weights], npt.NDArray[np.bool_]]
-
-_FLOAT_FORMS: Final = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
 
 
 def narrow(site: Site) -> Replacement | None:
@@ -149,7 +147,7 @@ def _halves(values: npt.NDArray[Any], halvings: Weights) -> Weights:
 def _doubled(reader: Requantize, halvings: Weights) -> Mapping[str, Any]:
     """The factor of each channel doubled as often."""
     multiplier, shift = (np.broadcast_to(a.data, halvings.shape) for a in (reader.multiplier, reader.shift))
-    if reader.form in _FLOAT_FORMS:
+    if reader.form in FLOAT_FORMS:
         multiplier = np.ldexp(multiplier, halvings).astype(multiplier.dtype)
     else:
         shift = shift + halvings

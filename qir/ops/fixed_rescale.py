@@ -14,6 +14,7 @@ from qir.affine import Form
 from qir.arrays import Array
 from qir.errors import QirError
 from qir.fixed_point import (
+    FLOAT_FORMS,
     Overflow,
     RequantizeForm,
     Rounding,
@@ -43,8 +44,6 @@ from qir.types import (
 )
 
 Tensor = npt.NDArray[Any]
-
-_FLOAT_FORMS = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
 
 
 class QuantizeRule(enum.StrEnum):
@@ -85,7 +84,7 @@ class Requantize(Op):
     def check(self) -> Iterator[str]:
         """Multiplier, shift and rounding suit the form, and the types suit them."""
         yield from integer_operands(self)
-        is_float = self.form in _FLOAT_FORMS
+        is_float = self.form in FLOAT_FORMS
         if self.multiplier.data.dtype.kind != ("f" if is_float else "i"):
             yield f"the form {self.form} takes {'float' if is_float else 'integer'} multipliers"
         if (self.form is RequantizeForm.SHIFT) != (self.rounding is not None):
@@ -162,7 +161,7 @@ class Requantize(Op):
             return OpBounds((Bounds.of(storage.lo, storage.hi),), lanes=lanes)
         ends = []
         for end in (x.lo, x.hi):
-            values = end.astype(np.int64) if self.form in _FLOAT_FORMS else end
+            values = end.astype(np.int64) if self.form in FLOAT_FORMS else end
             ends.append(exact(self.unsaturated(np.atleast_1d(values))))
         channels = max(e.shape[0] for e in ends)
         if channels == 1 and self.multiplier.data.ndim == 0 and x.channels is None:
@@ -185,7 +184,7 @@ class Requantize(Op):
         if self.overflow is not Overflow.NONE:
             demand = demand.clamp(*kept_bounds(self.storage.lo, self.storage.hi, self.overflow))
         size = greatest - least + 1
-        dtype = np.int64 if self.form in _FLOAT_FORMS or self.intermediate_bits() <= 63 else object
+        dtype = np.int64 if self.form in FLOAT_FORMS or self.intermediate_bits() <= 63 else object
         zeros = zero_array(kind.element)
 
         def image(place: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ class Requantize(Op):
         if self._may_wrap(centre) or not Interval(self.storage.lo, self.storage.hi).contains(x):
             return False
         multiplier, shift = self.multiplier.data, self.shift.data + self.input_shift
-        if self.form in _FLOAT_FORMS:  # float32 holds integers of 24 bits, float64 of 53
+        if self.form in FLOAT_FORMS:  # float32 holds integers of 24 bits, float64 of 53
             digits = 24 if self.form is RequantizeForm.FLOAT32 else 53
             largest = max(-centre.lo, centre.hi)
             return not self.input_shift and bool((multiplier == 1).all()) and largest <= 1 << digits
@@ -229,7 +228,7 @@ class Requantize(Op):
             for m, s in zip(multipliers, shifts, strict=True)
         ]
         factors, below, above = zip(*known, strict=True)
-        if self.form in _FLOAT_FORMS and max(factors) * reach >= 1 << 61:  # beyond 2^62 they are clipped
+        if self.form in FLOAT_FORMS and max(factors) * reach >= 1 << 61:  # beyond 2^62 they are clipped
             return None
         return replace(form, scale=form.scale - self.input_shift).scaled(factors, (below, above))
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from qir.arrays import Array
-from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
 from qir.integer_functions import prepare_softmax
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.accumulate import Order
@@ -62,7 +62,6 @@ _ODD_WIDTHS = (integer(1), integer(2), integer(3), integer(6), integer(12), inte
 WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8, *_ODD_WIDTHS)
 ACCUMULATORS = (S32, S32, S32, S16, integer(13), integer(24), integer(40), S64)
 BATCHES = (0, 1, 3)
-FLOAT_FORMS = (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
 _POWERS = tuple(1 << p for p in range(31))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from property.fixed_graphs import MAKERS, cases, proved
 
 from qir.arrays import Array
-from qir.fixed_point import INT32_MAX, INT32_MIN, Overflow, RequantizeForm, Rounding, round_shift
+from qir.fixed_point import FLOAT_FORMS, INT32_MAX, INT32_MIN, Overflow, RequantizeForm, Rounding, round_shift
 from qir.interpreter import interpret, trace
 from qir.interval import Interval
 from qir.ir import Graph, Stage
@@ -194,7 +194,7 @@ def _requantized(storage: IntegerType, shift: int, form: RequantizeForm, roundin
     """A graph that multiplies by 2**shift."""
     builder = GraphBuilder("ties", Stage.FIXED)
     value = builder.input("x", TensorType((BATCH, 1), S32))
-    is_float = form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
+    is_float = form in FLOAT_FORMS
     multiplier = np.array(2.0**shift) if is_float else np.array(1 << 30)
     shifts = np.array(shift if form is RequantizeForm.SHIFT else shift + 1)
     result = builder.emit(

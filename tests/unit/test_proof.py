@@ -15,7 +15,7 @@ from property.fixed_graphs import MAKERS, cases
 from property.recorder import check_soundness
 
 from qir.arrays import Array
-from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
 from qir.idle import is_idle, overflow_room
 from qir.interpreter import interpret, trace
 from qir.interval import Interval
@@ -201,7 +201,7 @@ def test_every_pair_of_small_integers(op_class: Any, overflow: Overflow) -> None
 def test_requantize_over_every_integer_of_ten_bits(form: RequantizeForm, shift: int) -> None:
     builder = GraphBuilder("requantize", Stage.FIXED)
     x = builder.input("x", TensorType((BATCH,), affine(integer(10), 1.0, 100)))
-    is_float = form in (RequantizeForm.FLOAT32, RequantizeForm.DOUBLE_AWAY)
+    is_float = form in FLOAT_FORMS
     value = builder.emit(
         Requantize,
         [x],
