@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import itertools
 import json
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
+from contract_files import case, child, marked_line, reached, refusal
 from onnx_models import model, random
 
 import qir
@@ -24,14 +23,13 @@ from qir.cli import main
 from qir.cost import Cost, GraphCost, Homes, Work, graph_cost, layer_cost, place
 from qir.cost_report import cost_json, cost_text, draw_cost
 from qir.cost_tables import Costs
-from qir.errors import ContractError, QirError, TargetError
+from qir.errors import QirError
 from qir.ir import Graph
 from qir.pass_manager import PassContext
 from qir.target import Target
 from qir.target_file import parse_target
 
 SHIPPED = sorted(shipped_backends())
-MARK = "# here"
 #: A residual block, so that one value outlives the layer behind it.
 TEXT = """g (float[N, 4, 8, 8] x) => (float[N, 3] y) {
     h = Conv<pads=[1,1,1,1]>(x, w) r = Relu(h) s = Add(r, x) p = GlobalAveragePool(s) f = Flatten(p) y = Gemm(f, v, b)
@@ -48,26 +46,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def compiled(target: Target | str, **overrides: int | str) -> Graph:
     return qir.compile(qir.import_onnx(model(TEXT, **WEIGHTS)), target, [{"x": SAMPLES}], overrides=overrides).graph
-
-
-def child(parent: str, *lines: str) -> str:
-    """A file that inherits."""
-    return "\n".join(['name = "mine"', 'description = "a chip"', f'inherits = "{parent}"', *lines, ""])
-
-
-def case(parent: str, *lines: str) -> str:
-    """A child whose offending line is marked; without a mark it is the line that inherits."""
-    text = child(parent, *lines)
-    return text if MARK in text else text.replace(f'"{parent}"\n', f'"{parent}"  {MARK}\n')
-
-
-def refusal(text: str) -> tuple[int, str]:
-    """The line and the rest of the message by which a file is refused."""
-    Path("mine.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(TargetError) as caught:
-        load_target("mine.toml")
-    place, _, message = str(caught.value).partition(": ")
-    return int(place.removeprefix("mine.toml:")), message
 
 
 # Contradictions, each with its key and its line
@@ -172,32 +150,13 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_tables_that_contradict_themselves(name: str, here: Path) -> None:
     text, expected = CONTRADICTIONS[name]
-    line, message = refusal(text)
-    marked = next(number for number, row in enumerate(text.splitlines(), 1) if MARK in row)
-    assert (line, message) == (marked, expected)
+    assert refusal(text) == (marked_line(text), expected)
 
 
 def test_every_contradiction_has_a_case(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: dict[str, int] = {}
-
-    class Recorded(ContractError):
-        def __init__(self, key: str, message: str) -> None:
-            super().__init__(key, message)
-            raised[message] = sys._getframe(1).f_lineno
-
-    monkeypatch.setattr(qir.cost_tables, "ContractError", Recorded)
-    lines = set()
-    for text, _ in CONTRADICTIONS.values():
-        raised.clear()
-        _, message = refusal(text)
-        lines |= {line for said, line in raised.items() if message.endswith(said)}
-    calls = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(qir.cost_tables)))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ContractError"
-    ]
-    assert len(calls) > 10
-    assert [n.lineno for n in calls if not lines & set(range(n.lineno, (n.end_lineno or 0) + 1))] == []
+    calls, untested = reached(qir.cost_tables, [text for text, _ in CONTRADICTIONS.values()], monkeypatch)
+    assert calls > 10
+    assert untested == []
 
 
 def test_the_word_none_takes_a_row_of_a_table_away(here: Path) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from contract_files import case, child, marked_line, reached, refusal
 
 import qir.target
 from qir.backend import load_target, shipped_backends
 from qir.cost_tables import CostRule
-from qir.errors import ContractError, TargetError
+from qir.errors import TargetError
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
 from qir.ops.accumulate import Order
 from qir.ops.fixed_rescale import QuantizeRule
@@ -33,11 +31,6 @@ from qir.target import (
 from qir.target_file import parse_target
 
 SHIPPED = sorted(shipped_backends())
-
-
-def child(parent: str, *lines: str) -> str:
-    """A file that inherits."""
-    return "\n".join(['name = "mine"', 'description = "a chip"', f'inherits = "{parent}"', *lines, ""])
 
 
 @pytest.fixture
@@ -275,24 +268,10 @@ def test_a_description_of_any_text_reads_back(here: Path) -> None:
 
 # Refusals. Each case marks the line that the message must name by `# here`.
 
-MARK = "# here"
-
-
-def refusal(text: str, name: str = "mine.toml") -> tuple[int, str]:
-    """The line and the rest of the message by which a file is refused."""
-    Path(name).write_text(text, encoding="utf-8")
-    with pytest.raises(TargetError) as caught:
-        load_target(name)
-    place, _, message = str(caught.value).partition(": ")
-    file, _, line = place.rpartition(":")
-    assert file == name, caught.value
-    return int(line), message
-
 
 def check(text: str, message: str) -> None:
-    (wanted,) = [number for number, line in enumerate(text.splitlines(), 1) if MARK in line]
     line, found = refusal(text)
-    assert (line, found[: len(message)]) == (wanted, message)
+    assert (line, found[: len(message)]) == (marked_line(text), message)
 
 
 def whole(replace: Iterable[tuple[str, str]] = ()) -> str:
@@ -474,12 +453,6 @@ def test_a_shipped_backend_describes_the_target_of_its_name(here: Path) -> None:
     backend = qir.Backend("other", here / "mine.toml")
     with pytest.raises(TargetError, match="describes 'mine', but is installed as 'other'"):
         backend.target()
-
-
-def case(parent: str, *lines: str) -> str:
-    """A child whose offending line is marked; without a mark it is the line that inherits."""
-    text = child(parent, *lines)
-    return text if MARK in text else text.replace(f'"{parent}"\n', f'"{parent}"  {MARK}\n')
 
 
 WIDE = ["[activations]", "bits = [16]", '[requantization]\nform = "single_round"', "[costs.mac]", '"8x16" = 1']
@@ -762,24 +735,6 @@ def test_a_contract_that_contradicts_itself(name: str, here: Path) -> None:
 
 
 def test_every_contradiction_has_a_case(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: dict[str, int] = {}
-
-    class Recorded(ContractError):
-        def __init__(self, key: str, message: str) -> None:
-            super().__init__(key, message)
-            raised[message] = sys._getframe(1).f_lineno
-
-    monkeypatch.setattr(qir.target, "ContractError", Recorded)
-    lines = set()
-    for text, _ in CONTRADICTIONS.values():
-        raised.clear()
-        _, message = refusal(text)
-        lines |= {line for said, line in raised.items() if message.endswith(said)}
-    calls = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(qir.target)))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ContractError"
-    ]
-    untested = [node.lineno for node in calls if not lines & set(range(node.lineno, (node.end_lineno or 0) + 1))]
-    assert len(calls) > 40
+    calls, untested = reached(qir.target, [text for text, _ in CONTRADICTIONS.values()], monkeypatch)
+    assert calls > 40
     assert untested == []
