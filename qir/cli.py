@@ -289,10 +289,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(qir.load(arguments.program).plan())
 
 
+def _text_of(program: str | Path) -> Path:
+    """The .qir text of a compiled program, or the path itself where it is no folder."""
+    path = Path(program)
+    return path / "graph.qir" if path.is_dir() else path
+
+
 def _cost(arguments: argparse.Namespace) -> None:
     kind = format_of(arguments.plot) if arguments.plot else ""
-    path = Path(arguments.program)
-    graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
+    graph = qir.read_graph(_text_of(arguments.program))
     name = arguments.target or graph.target
     if not name:
         raise QirError(f"graph @{graph.name} names no target; give the one whose costs are meant by --target")
@@ -305,10 +310,8 @@ def _cost(arguments: argparse.Namespace) -> None:
         parts = backend.cost(graph, target)
         if kind:
             raise QirError(f"the cost function of {name} gives no layers to draw; leave out --plot")
-        text, data = (
-            parts_text(parts),
-            json.dumps({"graph": graph.name, "target": name, "parts": dict(parts)}, indent=2),
-        )
+        text = parts_text(parts)
+        data = json.dumps({"graph": graph.name, "target": name, "parts": dict(parts)}, indent=2)
     else:
         found = graph_cost(graph, target)
         text, data = cost_text(found), cost_json(found)
@@ -339,7 +342,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from qir.check import check_graph
 
     path = Path(arguments.program)
-    graph = qir.read_graph(path / "graph.qir" if path.is_dir() else path)
+    graph = qir.read_graph(_text_of(path))
     if arguments.counterexamples and graph.stage is not Stage.FIXED:
         raise QirError(f"--counterexamples is for stage fixed; graph @{graph.name} is at stage {graph.stage}")
     claims = hold_to_certificate(graph, path / "graph.qir") if path.is_dir() and graph.stage is Stage.FIXED else 0
