@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby
+from types import MappingProxyType
+from typing import Any, Final
 
 from qir.cost_tables import FLOAT_BITS, Costs, Fabric
 from qir.errors import QirError
@@ -22,10 +23,14 @@ from qir.ops.fixed_rescale import Dequantize, Quantize, Requantize
 from qir.ops.float_base import Windowed
 from qir.ops.movement import Movement, Reshape
 from qir.target import Target
-from qir.types import FloatType, storage_of
+from qir.types import FloatType, IntegerType, storage_of
 
 #: What a layer waits for, where that is no memory.
 COMPUTE, OVERHEAD = "compute", "overhead"
+
+Storages = Mapping[Value, IntegerType]
+#: Every value as the graph has it.
+AS_THEY_ARE: Final[Storages] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,13 @@ def graph_cost(graph: Graph, target: Target) -> GraphCost:
     Raises QirError at an earlier stage, and where the target's tables lack a pair of widths.
     """
     _need_widths(graph)
-    groups = list(_groups(graph))
-    works = [work_of(graph, ops, seen) for ops, seen in _with_seen(groups)]
+    groups = layer_ops(graph)
+    works = [work_of(graph, ops, seen) for ops, seen in with_seen(groups)]
     constants = sum(-(-work.constants // 8) for work in works)
     peak = peak_bytes(graph, groups)
     homes, misfits = place(target, constants, peak)
     layers = tuple(
-        Layer(_name(ops), ops, work, _located(_name(ops), work, target, homes))
+        Layer(layer_name(ops), ops, work, _located(layer_name(ops), work, target, homes))
         for ops, work in zip(groups, works, strict=True)
     )
     return GraphCost(graph.name, target.name, target.costs.clock, layers, homes, peak, misfits)
@@ -197,8 +202,13 @@ def place(target: Target, constant_bytes: int, peak: int) -> tuple[Homes, tuple[
     return Homes(least([costs.weights], need, "constants"), activations), tuple(misfits)
 
 
-def work_of(graph: Graph, ops: Sequence[Op], seen: frozenset[Value] = frozenset()) -> Work:
-    """What some ops do as one step; constants that `seen` holds are counted elsewhere."""
+def work_of(
+    graph: Graph, ops: Sequence[Op], seen: frozenset[Value] = frozenset(), storages: Storages = AS_THEY_ARE
+) -> Work:
+    """What some ops do as one step; constants that `seen` holds are counted elsewhere.
+
+    `storages` are those of values that have others in the graph.
+    """
     made = {r for op in ops for r in op.results}
     read = dict.fromkeys(v for op in ops for v in op.operands if v not in made and not _is_view(op))
     outputs = set(graph.outputs)
@@ -215,27 +225,37 @@ def work_of(graph: Graph, ops: Sequence[Op], seen: frozenset[Value] = frozenset(
             counts[name] += count
     return Work(
         macs=sum(op.macs() for op in multiplying),
-        constants=sum(value_bits(v) for v in read if v in graph.constants and v not in seen),
-        loaded=sum(value_bits(v) for v in read if v not in graph.constants),
-        stored=sum(value_bits(v) for v in kept),
-        **_products(multiplying),
+        constants=sum(value_bits(v, storages) for v in read if v in graph.constants and v not in seen),
+        loaded=sum(value_bits(v, storages) for v in read if v not in graph.constants),
+        stored=sum(value_bits(v, storages) for v in kept),
+        **_products(multiplying, storages),
         **counts,
     )
 
 
-def value_bits(value: Value) -> int:
+def value_bits(value: Value, storages: Storages = AS_THEY_ARE) -> int:
     """Bits of a value of one sample, packed."""
-    return value.type.sample_size * element_bits(value)
+    return value.type.sample_size * element_bits(value, storages)
 
 
-def element_bits(value: Value) -> int:
+def element_bits(value: Value, storages: Storages = AS_THEY_ARE) -> int:
     """The width that was assigned or that the type has; 32 of reals."""
-    storage = value.storage or storage_of(value.type.element)
+    storage = storages.get(value) or value.storage or storage_of(value.type.element)
     return FLOAT_BITS if storage is None else storage.bits
 
 
 def peak_bytes(graph: Graph, groups: Sequence[Sequence[Op]]) -> int:
-    """The most bytes of activations of a sample that are alive at once, where each group of ops is one step.
+    """The most bytes of activations of a sample that are alive at once, where each group of ops is one step."""
+    changes = [0] * (len(groups) + 2)
+    for value, (first, last) in lifetimes(graph, groups).items():
+        size = -(-value_bits(value) // 8)
+        changes[first] += size
+        changes[last + 1] -= size
+    return max(accumulate(changes))
+
+
+def lifetimes(graph: Graph, groups: Sequence[Sequence[Op]]) -> dict[Value, tuple[int, int]]:
+    """The first and the last step at which each activation takes memory, where each group of ops is one step.
 
     A value is alive from the step that writes it, or from the start for an input, to the last that reads it, or to the
     end for an output. What only its own step reads takes nothing, a reshaped value no room of its own.
@@ -257,18 +277,11 @@ def peak_bytes(graph: Graph, groups: Sequence[Sequence[Op]]) -> int:
             spans[value][1] = max(spans[value][1], step[op])
     for value in (root[v] for v in graph.outputs if root[v] in spans):
         spans[value][1] = len(groups)
-    changes = [0] * (len(groups) + 2)
-    for value, (first, last) in spans.items():
-        if value in inner and first == last and value in graph.users:
-            continue
-        size = -(-value_bits(value) // 8)
-        changes[first] += size
-        changes[last + 1] -= size
-    alive = peak = 0
-    for change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
+    return {
+        value: (first, last)
+        for value, (first, last) in spans.items()
+        if value not in inner or first != last or value not in graph.users
+    }
 
 
 def _need_widths(graph: Graph) -> None:
@@ -277,14 +290,13 @@ def _need_widths(graph: Graph) -> None:
         raise QirError(f"graph @{graph.name} at stage {graph.stage} has no widths yet; run assign-bit-widths")
 
 
-def _groups(graph: Graph) -> Iterator[tuple[Op, ...]]:
-    """Neighbours that come from one node of the model, without constants and views."""
+def layer_ops(graph: Graph) -> list[tuple[Op, ...]]:
+    """The ops of each layer: neighbours that come from one node of the model, without constants and views."""
     ops = [op for op in graph.ops if not isinstance(op, Const) and not _is_view(op)]
-    for _, group in groupby(ops, key=lambda op: op.location or op.results[0].name):
-        yield tuple(group)
+    return [tuple(group) for _, group in groupby(ops, key=lambda op: op.location or op.results[0].name)]
 
 
-def _with_seen(groups: Sequence[tuple[Op, ...]]) -> Iterator[tuple[tuple[Op, ...], frozenset[Value]]]:
+def with_seen(groups: Sequence[tuple[Op, ...]]) -> Iterator[tuple[tuple[Op, ...], frozenset[Value]]]:
     """Each group, and of what it reads what a group before it has read."""
     seen: set[Value] = set()
     for ops in groups:
@@ -293,7 +305,8 @@ def _with_seen(groups: Sequence[tuple[Op, ...]]) -> Iterator[tuple[tuple[Op, ...
         seen |= read
 
 
-def _name(ops: Sequence[Op]) -> str:
+def layer_name(ops: Sequence[Op]) -> str:
+    """The node of the model that a layer comes from, else its last result."""
     return ops[0].location or f"%{ops[-1].results[0].name}"
 
 
@@ -308,12 +321,12 @@ def _is_view(op: Op) -> bool:
     return isinstance(op, Reshape)
 
 
-def _products(ops: Sequence[Op]) -> dict[str, int]:
+def _products(ops: Sequence[Op], storages: Storages) -> dict[str, int]:
     """Positions, terms and widths of the sums of products among some ops; of several the largest of each."""
     found = {"positions": 1, "terms": 0, "weight_bits": 0, "activation_bits": 0, "accumulator_bits": 0}
     for op in ops:
         x, w = op.operands[:2]
-        weight, activation = element_bits(w), element_bits(x)
+        weight, activation = element_bits(w, storages), element_bits(x, storages)
         terms = op.macs() // max(op.result.type.sample_size, 1)
         exact = weight + activation + max(terms, 1).bit_length()
         own = {
