@@ -13,9 +13,10 @@ from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Pass, PassContext
+from qir.passes.widths.storage import bias_storage, default_widths, weight_storage
 from qir.rewrite import Rewriter
 from qir.target import Target
-from qir.types import FloatType, IntegerType, integer
+from qir.types import FloatType, IntegerType
 
 _OVERRIDE: Final = re.compile(r"(?P<pattern>.+):(?P<kind>[aw]?)(?P<bits>\d{1,2})")
 
@@ -85,25 +86,6 @@ class AssignBitWidths(Pass):
             for op in matched:
                 found.setdefault(op, {}).update(dict.fromkeys(which, bits))
         return found
-
-
-def default_widths(target: Target) -> tuple[int, int]:
-    """Weight and activation bits: the target's defaults, else those that cost least; of equals, the widest."""
-    weights, activations = (
-        item.bits if item.default is None else (item.default,) for item in (target.weights, target.activations)
-    )
-    return min(((w, a) for w in weights for a in activations), key=lambda p: (target.costs.of_mac(*p), -p[0] - p[1]))
-
-
-def weight_storage(target: Target, bits: int) -> IntegerType:
-    """The storage of weights of this width: a width for weights alone uses all of it."""
-    return integer(bits) if bits not in target.weights.bits else target.weights.storage(bits)
-
-
-def bias_storage(target: Target) -> IntegerType:
-    """The integers that are added to an accumulator."""
-    bits = target.accumulator.bits
-    return integer(target.bias_bits or (bits if isinstance(bits, int) else 32))
 
 
 def _matches(op: Op, pattern: str) -> bool:

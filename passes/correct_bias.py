@@ -25,11 +25,11 @@ from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Feeds, Pass, PassContext
 from qir.passes.accumulation import sum_scale
-from qir.passes.assign_bit_widths import bias_storage
 from qir.passes.calibrate import parts_of
 from qir.passes.fuse_activation import clip_of, replace_chain, sole_readers
 from qir.passes.lowering.weight_only import block_axis, quantize_blocks, uses_weights_alone
 from qir.passes.select_q_formats import bias_format
+from qir.passes.widths.storage import bias_storage
 from qir.rewrite import Rewriter, live_ops, map_values, rewrite
 from qir.target import Target
 from qir.types import F32, AffineType, FixedPointType, TensorType, is_quantized, scale_array

@@ -27,7 +27,7 @@ from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
 from qir.passes.accumulation import excess_bits, least_weight_scale, reach, sum_scale
-from qir.passes.assign_bit_widths import bias_storage
+from qir.passes.widths.storage import bias_storage
 from qir.rewrite import map_values
 from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
 from qir.target import FunctionRule, Granularity, Scales, Scheme, Target

@@ -18,11 +18,11 @@ from qir.ir import Graph, Op, Stage, Value
 from qir.ops.float_nn import Conv
 from qir.pass_manager import PassContext, Pipeline
 from qir.passes.accumulation import largest_sum, sum_scale
-from qir.passes.assign_bit_widths import bias_storage, default_widths
 from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.legalize import Legalize
 from qir.passes.lowering.context import NoIntegerForm
 from qir.passes.range_analysis import RangeAnalysis
+from qir.passes.widths.storage import bias_storage, default_widths
 from qir.rewrite import GraphBuilder, map_values
 from qir.target import Granularity, Scales, Scheme, Target
 from qir.types import (

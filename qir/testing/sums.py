@@ -13,7 +13,7 @@ import numpy.typing as npt
 from qir.ir import Op
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import ReduceMean
-from qir.passes.assign_bit_widths import bias_storage
+from qir.passes.widths.storage import bias_storage
 from qir.target import Target
 from qir.testing.maker import Case, Cases, Maker, Widths, exponent_of, zero_of
 from qir.testing.numbers import boundary, every_value, in_rows, patterns, steps_of_outputs, uniform

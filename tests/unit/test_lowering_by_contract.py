@@ -25,11 +25,12 @@ from qir.ops.fixed_rescale import quantize_reals
 from qir.parser import parse
 from qir.pass_manager import PassContext
 from qir.passes.accumulation import excess_bits, largest_sum, least_weight_scale, sum_scale
-from qir.passes.assign_bit_widths import AssignBitWidths, default_widths
+from qir.passes.assign_bit_widths import AssignBitWidths
 from qir.passes.lowering.elementwise import sum_multipliers
 from qir.passes.lowering.weight_only import quantize_blocks
 from qir.passes.pipelines import parse_pipeline
 from qir.passes.select_q_formats import affine_weights
+from qir.passes.widths.storage import default_widths
 from qir.target import AverageRule, Pooling, Product, Requantization, Scheme, Target, Width
 from qir.types import AffineType, FixedPointType, integer, storage_of
 
