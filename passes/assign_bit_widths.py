@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import ClassVar, Final
 
 from qir.errors import PassError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
-from qir.pass_manager import Pass, PassContext
+from qir.pass_manager import Pass, PassContext, Pipeline
+from qir.passes.select_q_formats import SelectQFormats
+from qir.passes.widths.budgets import metric_of, parse_budget, parse_floor
+from qir.passes.widths.decisions import Kind, Widths, decisions
+from qir.passes.widths.problem import Assignment, WidthProblem
+from qir.passes.widths.quality import SQNR, Quality, quality_of
+from qir.passes.widths.sensitivity import Analysis, Sensitivity, sensitivity_key
 from qir.passes.widths.storage import bias_storage, default_widths, weight_storage
 from qir.rewrite import Rewriter
 from qir.target import Target
@@ -28,40 +36,85 @@ class AssignBitWidths(Pass):
     `override` names exceptions as `pattern:bits`, several apart by `;`: the pattern (as in a shell) matches names of
     results or locations of ops, the last match counts, and the width holds for the op's results and its weights;
     `pattern:w4` is for the weights alone, `pattern:a8` for the results.
+
+    With `budget`, such as `weights:0.5x;latency:120us`, widths are those of least loss within it, and with `minimize`,
+    such as `energy`, those that take least while the loss keeps to `floor`, such as `sqnr:30`: proved best by an
+    integer linear program over what `qir.cost` gives for each layer and what each width costs in `quality` (`sqnr` or
+    `kl`), measured on the calibration feeds or taken from the file `sensitivity`. `proxy` measures one width of each
+    layer only. `weight-bits` and `activation-bits` are the widths to choose from, all of the target's without; what is
+    overridden stays. Weights alone are never given widths so.
+
+    Raises PassError for what does not fit the target, and InfeasibleError, with the best attainable values, where no
+    widths keep the budgets.
     """
 
     name: ClassVar[str] = "assign-bit-widths"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.RANGED})
     ensures: ClassVar[Stage | None] = Stage.RANGED
     override: tuple[str, ...] = ()
+    budget: tuple[str, ...] = ()
+    minimize: str = ""
+    floor: str = ""
+    quality: str = SQNR.name
+    weight_bits: tuple[int, ...] = ()
+    activation_bits: tuple[int, ...] = ()
+    sensitivity: str = ""
+    proxy: bool = False
 
     def __post_init__(self) -> None:
         for text in self.override:
             if not _OVERRIDE.fullmatch(text):
                 raise PassError(f"override {text!r} is not of the form pattern:bits, pattern:w4 or pattern:a8")
+        for text in self.budget:
+            parse_budget(text)
+        quality_of(self.quality)
+        if bool(self.minimize) != bool(self.floor):
+            raise PassError("minimize and floor go together, such as minimize=energy,floor=sqnr:30")
+        if self.floor:
+            metric_of(self.minimize)
+            parse_floor(self.floor)
+        if not self.optimizes and (self.weight_bits or self.activation_bits or self.sensitivity or self.proxy):
+            raise PassError("there is nothing to choose by; give a budget, or minimize and floor")
+
+    @property
+    def optimizes(self) -> bool:
+        """Whether widths are chosen by costs and losses."""
+        return bool(self.budget or self.minimize)
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The same graph with a storage on every real value."""
         target = context.need_target(self.name)
-        weight_bits, activation_bits = default_widths(target)
         overrides = self._matches(graph, target)
-        rewriter = Rewriter(graph)
-        for value in graph.inputs:
-            rewriter.keep_input(value, storage=target.activations.storage(activation_bits))
-        stored = 0
-        for op in graph.ops:
-            if isinstance(op, Const) and _only_parameters(graph, op.result):
-                continue  # each reader gets a constant of its own
-            chosen = overrides.get(op, {})
-            if isinstance(op, Conv | MatMul):
-                _own_constants(rewriter, op, target, chosen.get("w", weight_bits))
-            storage = target.activations.storage(chosen.get("a", activation_bits))
-            results = [_stored(r, storage) for r in op.results]
-            stored += sum(r.storage is not None for r in results)
-            rewriter.keep(op, results)
-        widths = f"activations {activation_bits} bits, weights {weight_bits}"
-        context.note(f"{stored} values: {widths}; {len(overrides)} ops overridden")
-        return rewriter.finish_graph()
+        assigned, stored = _by_default(graph, target, overrides)
+        if not self.optimizes:
+            weight_bits, activation_bits = default_widths(target)
+            widths = f"activations {activation_bits} bits, weights {weight_bits}"
+            context.note(f"{stored} values: {widths}; {len(overrides)} ops overridden")
+            return assigned
+        names = {kind: {op.results[0].name for op, chosen in overrides.items() if kind in chosen} for kind in "aw"}
+        settled = {r for op in assigned.ops if op.results[0].name in names["a"] for r in op.results}
+        settled |= {op.operands[1] for op in assigned.ops if op.results[0].name in names["w"] and len(op.operands) > 1}
+        found = self._best(assigned, target, settled, context)
+        context.note(_summary(found))
+        return found.graph
+
+    def _best(self, graph: Graph, target: Target, settled: set[Value], context: PassContext) -> Assignment:
+        quality, most_loss = parse_floor(self.floor) if self.floor else (quality_of(self.quality), None)
+        choices = decisions(graph, target, Widths(self.weight_bits, self.activation_bits), settled)
+        if self.sensitivity:
+            losses = _read_sensitivity(Path(self.sensitivity), graph, target, quality)
+        else:
+            analysis = Analysis(graph, target, choices, context.need_feeds(self.name), quality)
+            losses = analysis.run(
+                Pipeline([SelectQFormats()]),
+                proxy=self.proxy,
+                executor=context.executor,
+                cache=context.cache,
+                progress=context.progress,
+            )
+        problem = WidthProblem(graph, target, choices, [losses.of(d) for d in choices])
+        budgets = [problem.budget(parse_budget(text)) for text in self.budget]
+        return problem.best(budgets, metric_of(self.minimize) if self.minimize else None, most_loss)
 
     def _matches(self, graph: Graph, target: Target) -> Mapping[Op, dict[str, int]]:
         """Ops whose widths, `w` and `a`, are overridden.
@@ -86,6 +139,54 @@ class AssignBitWidths(Pass):
             for op in matched:
                 found.setdefault(op, {}).update(dict.fromkeys(which, bits))
         return found
+
+
+def _by_default(graph: Graph, target: Target, overrides: Mapping[Op, Mapping[str, int]]) -> tuple[Graph, int]:
+    """The graph with the default widths, but for the ops that are overridden, and how many results got one."""
+    weight_bits, activation_bits = default_widths(target)
+    rewriter = Rewriter(graph)
+    for value in graph.inputs:
+        rewriter.keep_input(value, storage=target.activations.storage(activation_bits))
+    stored = 0
+    for op in graph.ops:
+        if isinstance(op, Const) and _only_parameters(graph, op.result):
+            continue  # each reader gets a constant of its own
+        chosen = overrides.get(op, {})
+        if isinstance(op, Conv | MatMul):
+            _own_constants(rewriter, op, target, chosen.get("w", weight_bits))
+        storage = target.activations.storage(chosen.get("a", activation_bits))
+        results = [_stored(r, storage) for r in op.results]
+        stored += sum(r.storage is not None for r in results)
+        rewriter.keep(op, results)
+    return rewriter.finish_graph(), stored
+
+
+def _summary(found: Assignment) -> str:
+    """How many decisions got each width, and what they come to."""
+    parts = []
+    for kind in Kind:
+        counts = Counter(choice for decision, choice in found.choices if decision.kind is kind)
+        listed = ", ".join(f"{count} of {choice} bits" for choice, count in counts.items())
+        parts.append(f"{kind}: {listed}")
+    costs = ", ".join(f"{metric} {value:,.6g}" for metric, value in found.costs.items())
+    return f"{'; '.join(parts)}; loss {found.loss:.4g} estimated, gap {found.gap:g}; {costs}"
+
+
+def _read_sensitivity(path: Path, graph: Graph, target: Target, quality: Quality) -> Sensitivity:
+    """The losses in a file. Raises PassError where they are of another graph, target or measure."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise PassError(f"cannot read {path}: {fault}") from fault
+    found = Sensitivity.from_json(text, str(path))
+    if found.quality != quality.name:
+        raise PassError(f"{path} holds losses by {found.quality}, not by {quality.name}; measure again or ask for that")
+    if found.key != sensitivity_key(graph, target):
+        raise PassError(
+            f"{path} was measured on another graph, calibration or contract (@{found.graph} on {found.target}); "
+            "measure again"
+        )
+    return found
 
 
 def _matches(op: Op, pattern: str) -> bool:

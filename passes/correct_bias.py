@@ -6,7 +6,7 @@ correction, each layer behind corrected ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
-from qir.calibration import Calibration
 from qir.errors import CalibrationError
 from qir.fixed_point import Rounding
 from qir.interpreter import evaluate
@@ -58,7 +57,7 @@ class CorrectBias(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph with other biases; the same object where no layer has quantized constant weights."""
         target = context.need_target(self.name)
-        feeds = _feeds(context)
+        feeds = context.need_feeds(self.name)
         if not _layers(graph):
             context.note("no layers to correct")
             return graph
@@ -86,22 +85,6 @@ class CorrectBias(Pass):
             f"{sum(map(len, levels))} biases corrected; outputs were off by {share:.2%} of their range on average"
         )
         return graph
-
-
-def _feeds(context: PassContext) -> Iterable[Feeds]:
-    """The calibration feeds. Raises CalibrationError where there are none that can be walked again."""
-    given = context.calibration
-    if given is None or isinstance(given, Calibration):
-        raise CalibrationError(
-            "correct-bias runs the graph on calibration data, and there are no feeds; pass "
-            "calibration=[{input name: array}, ...], or --calibration on the command line"
-        )
-    if isinstance(given, Iterator):
-        raise CalibrationError(
-            "correct-bias walks the calibration feeds several times, and an iterator is spent after one walk; "
-            "pass a list"
-        )
-    return given
 
 
 def _layers(graph: Graph) -> list[Layer]:

@@ -182,24 +182,52 @@ def layer_cost(work: Work, target: Target, homes: Homes) -> Cost:
     return replace(found, **changes)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memories of data, and the bytes that they have: for activations, and for constants beside these; None: no end."""
+
+    homes: Homes
+    activations: int | None = None
+    both: int | None = None
+
+
+def rooms(target: Target) -> tuple[Room, ...]:
+    """The memories that data can live in, the smaller first; the largest takes what fits into none."""
+    costs = target.costs
+    by_size = sorted(costs.load, key=lambda name: (target.memory[name], name))
+    stores = [n for n in by_size if n in costs.store]
+
+    def most(name: str, names: Sequence[str]) -> int | None:
+        return None if name == names[-1] else target.memory[name]
+
+    if not by_size:
+        return (Room(Homes()),)
+    if costs.weights is not None:
+        return tuple(Room(Homes(costs.weights, a), most(a, stores)) for a in stores)
+    pairs = ((c, a) for a in stores for c in by_size)
+    return tuple(Room(Homes(c, a), most(a, stores), most(c, by_size)) for c, a in pairs)
+
+
 def place(target: Target, constant_bytes: int, peak: int) -> tuple[Homes, tuple[str, ...]]:
     """The least memories that hold the activations, and the constants beside them, and what fits into none."""
-    costs, misfits = target.costs, []
-    if not costs.load:
-        return Homes(), ()
-    by_size = sorted(costs.load, key=lambda name: (target.memory[name], name))
-
-    def least(names: Sequence[str], need: int, what: str) -> str:
-        found = next((n for n in names if target.memory[n] >= need), None)
-        if found is None:
-            misfits.append(f"{what} take {need:,} bytes, {names[-1]} has {target.memory[names[-1]]:,}")
-        return found or names[-1]
-
-    activations = least([n for n in by_size if n in costs.store], peak, "activations")
-    if costs.weights is None:
-        return Homes(least(by_size, constant_bytes + peak, "constants and activations"), activations), tuple(misfits)
-    need = constant_bytes + (peak if costs.weights == activations else 0)
-    return Homes(least([costs.weights], need, "constants"), activations), tuple(misfits)
+    both = constant_bytes + peak
+    found = next(
+        room.homes
+        for room in rooms(target)
+        if (room.activations is None or peak <= room.activations) and (room.both is None or both <= room.both)
+    )
+    if not found.activations:
+        return found, ()
+    needs = [("activations", found.activations, peak)]
+    if target.costs.weights is None:
+        needs.append(("constants and activations", found.constants, both))
+    else:
+        needs.append(("constants", found.constants, both if found.constants == found.activations else constant_bytes))
+    return found, tuple(
+        f"{what} take {need:,} bytes, {name} has {target.memory[name]:,}"
+        for what, name, need in needs
+        if need > target.memory[name]
+    )
 
 
 def work_of(

@@ -11,6 +11,7 @@ import re
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.calibration import Calibration
-from qir.errors import Diagnostic, PassError, QirError
+from qir.errors import CalibrationError, Diagnostic, PassError, QirError
 from qir.interpreter import interpret
 from qir.ir import Graph, Stage
 from qir.ops.fixed_rescale import quantize_input
@@ -40,8 +41,9 @@ def no_progress(task: str, done: int, total: int) -> None:
 class PassContext:
     """What passes may read and report to: the target, calibration feeds, diagnostics, notes and progress.
 
-    `calibration` is any iterable of feeds, walked once by calibrate and several times by correct-bias, or what was
-    observed already.
+    `calibration` is any iterable of feeds, walked once by calibrate and several times by passes that run the graph
+    themselves, or what was observed already. `executor` takes work that may run in other processes, `cache` is a folder
+    for results that may be taken again.
     """
 
     target: Target | None = None
@@ -49,6 +51,8 @@ class PassContext:
     progress: Progress = no_progress
     diagnostics: list[Diagnostic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    executor: Executor | None = None
+    cache: Path | None = None
 
     def note(self, text: str) -> None:
         """Say what the running pass changed, in a few words."""
@@ -59,6 +63,21 @@ class PassContext:
         if self.target is None:
             raise PassError(f"{pass_name} needs a target; pass one in the context, or --target on the command line")
         return self.target
+
+    def need_feeds(self, pass_name: str) -> Iterable[Feeds]:
+        """The calibration feeds. Raises CalibrationError where there are none, or none that can be walked again."""
+        given = self.calibration
+        if given is None or isinstance(given, Calibration):
+            raise CalibrationError(
+                f"{pass_name} runs the graph on calibration data, and there are no feeds; pass "
+                "calibration=[{input name: array}, ...], or --calibration on the command line"
+            )
+        if isinstance(given, Iterator):
+            raise CalibrationError(
+                f"{pass_name} walks the calibration feeds several times, and an iterator is spent after one walk; "
+                "pass a list"
+            )
+        return given
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qir.errors import PassError
 Ints = npt.NDArray[np.int64]
 
 #: The largest sum of a table's entries for which rows of the program stay well within the tolerances of HiGHS.
-MOST: Final = 1 << 30
+MOST: Final = 1 << 26
 _CUTS: Final = 1000
 _INFEASIBLE: Final = 2  # what scipy's milp gives as its status
 

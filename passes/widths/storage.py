@@ -1,4 +1,4 @@
-"""The integer types that a target has for weights and biases, and the widths that are taken where nothing is asked for."""
+"""The integers that a target has for weights and biases, and the widths where nothing is asked for."""
 
 from __future__ import annotations
 

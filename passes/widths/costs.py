@@ -1,0 +1,258 @@
+"""The costs of a graph as sums of tables over the choices of its decisions: exactly what `qir.cost` gives for each."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qir.cost import (
+    Cost,
+    GraphCost,
+    Homes,
+    Room,
+    Work,
+    layer_cost,
+    layer_name,
+    layer_ops,
+    lifetimes,
+    value_bits,
+    with_seen,
+    work_of,
+)
+from qir.errors import PassError
+from qir.ir import Graph, Op, Value
+from qir.passes.widths.decisions import Decision, Kind
+from qir.target import Target
+
+#: Fractions by the choices of some decisions.
+Table = npt.NDArray[Any]
+_MOST_JOINT: Final = 1 << 17  # choices of one layer together, all of which get a cost
+
+
+class Metric(enum.StrEnum):
+    """What a budget may be of, and the unit that it is given in."""
+
+    WEIGHTS = "weights"  # bytes of the weights of convolutions and matrix products
+    CONSTANTS = "constants"  # bytes of all constants
+    PEAK = "peak"  # bytes of the activations of a sample that are alive at once
+    MOVED = "moved"  # bytes of activations that are loaded and stored for a sample
+    BIT_OPERATIONS = "bit_operations"  # products of both widths, of every multiply-accumulate
+    LATENCY = "latency"  # seconds a sample
+    ENERGY = "energy"  # joules a sample
+    LUT = "lut"
+    DSP = "dsp"
+    BRAM = "bram"
+
+
+#: What a layer has of each metric that is a sum over layers; None is what the target says nothing of.
+_OF_LAYER: Final[Mapping[Metric, Callable[[Cost], float | None]]] = {
+    Metric.CONSTANTS: lambda c: c.constant_bytes,
+    Metric.MOVED: lambda c: c.moved_bytes,
+    Metric.BIT_OPERATIONS: lambda c: c.bit_operations,
+    Metric.LATENCY: lambda c: c.cycles,
+    Metric.ENERGY: lambda c: c.energy,
+    Metric.LUT: lambda c: c.lut,
+    Metric.DSP: lambda c: c.dsp,
+    Metric.BRAM: lambda c: c.bram,
+}
+#: The metrics that depend on where data lives.
+PLACED: Final = (Metric.LATENCY, Metric.ENERGY)
+
+
+@dataclass(frozen=True, eq=False)
+class RealFactor:
+    """Fractions by the choices of the decisions in `scope`, ascending: [choices of each]."""
+
+    scope: tuple[int, ...]
+    table: Table
+
+
+@dataclass(frozen=True, eq=False)
+class RealTotal:
+    """A sum of factors and a constant."""
+
+    factors: tuple[RealFactor, ...]
+    constant: Fraction = Fraction(0)
+
+    def of(self, chosen: Sequence[int]) -> Fraction:
+        """The exact sum for a choice of each decision."""
+        parts = (f.table[tuple(chosen[d] for d in f.scope)] for f in self.factors)
+        return self.constant + sum(parts, Fraction(0))
+
+    @property
+    def span(self) -> tuple[Fraction, Fraction]:
+        """Bounds of the sum: those of its factors added up."""
+        low = self.constant + sum((f.table.min() for f in self.factors), Fraction(0))
+        return low, self.constant + sum((f.table.max() for f in self.factors), Fraction(0))
+
+
+def unit_of(metric: Metric, target: Target) -> Fraction:
+    """What one unit of a table is in the unit of the metric: cycles are of a clock, energy is in pJ.
+
+    Raises PassError where the target has no clock.
+    """
+    if metric is Metric.ENERGY:
+        return Fraction(1, 10**12)
+    if metric is not Metric.LATENCY:
+        return Fraction(1)
+    if target.costs.clock is None:
+        raise PassError(f"{target.name} states no costs.clock, so that there is no latency in seconds")
+    return 1 / Fraction(target.costs.clock)
+
+
+def value_of(metric: Metric, graph: Graph, target: Target, cost: GraphCost) -> float:
+    """What a graph has of a metric. Raises PassError where the target says nothing of it."""
+    if metric is Metric.WEIGHTS:
+        weights = {v for op in graph.ops if op.macs() for v in op.operands[1:2] if v in graph.constants}
+        return sum(-(-value_bits(v) // 8) for v in weights)
+    if metric is Metric.PEAK:
+        return cost.peak_bytes
+    found = _OF_LAYER[metric](cost.total)
+    if found is None:
+        raise PassError(f"{target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md")
+    return float(found * unit_of(metric, target))
+
+
+class GraphCosts:
+    """The tables of a graph whose values have storages, over the choices of these decisions."""
+
+    def __init__(self, graph: Graph, target: Target, decisions: Sequence[Decision]) -> None:
+        groups = layer_ops(graph)
+        self.graph, self.target = graph, target
+        self._groups = list(with_seen(groups))
+        self._alive = list(_alive(graph, groups))
+        self._decision = {v: i for i, d in enumerate(decisions) for v in d.values}
+        self._storages = [tuple(d.choices.values()) for d in decisions]
+        self._weights = [v for d in decisions if d.kind is Kind.WEIGHTS for v in d.values]
+
+    def totals(self, metric: Metric, homes: Homes) -> tuple[RealTotal, ...]:
+        """The totals whose largest is the metric, in units of `unit_of`, with data in these memories.
+
+        Raises PassError where the target says nothing of it, and for a layer with too many joint choices.
+        """
+        if metric is Metric.PEAK:
+            return tuple(self._bytes(values) for values in self._alive)
+        if metric is Metric.WEIGHTS:
+            return (self._bytes(self._weights),)
+        factors, constant = list[RealFactor](), Fraction(0)
+        for ops, seen in self._groups:
+            found, rest = apart(*self._layer(ops, seen, metric, homes))
+            factors += found
+            constant += rest
+        return (RealTotal(tuple(factors), constant),)
+
+    def forbidden(self) -> tuple[RealFactor, ...]:
+        """Where the tables of the target lack the pair of widths of a layer: 1, else 0.
+
+        Raises QirError for a layer without a pair that they have.
+        """
+        found = []
+        for ops, seen in self._groups:
+            scope, table = self._joint(ops, seen, self._is_uncovered)
+            if table.all():
+                layer_cost(work_of(self.graph, ops, seen), self.target, Homes())  # says what is missing
+            if table.any():
+                found.append(RealFactor(scope, table))
+        return tuple(found)
+
+    def room(self, room: Room) -> Iterator[tuple[RealTotal, int]]:
+        """What must fit so that data lives in these memories: totals, and the bytes that there are."""
+        (constants,) = self.totals(Metric.CONSTANTS, room.homes)
+        for peak in self.totals(Metric.PEAK, room.homes):
+            if room.activations is not None:
+                yield peak, room.activations
+            if room.both is not None:
+                yield RealTotal(peak.factors + constants.factors, peak.constant + constants.constant), room.both
+
+    def _bytes(self, values: Iterable[Value]) -> RealTotal:
+        """The bytes of some values together."""
+        factors, constant = list[RealFactor](), Fraction(0)
+        for value in values:
+            place = self._decision.get(value)
+            if place is None:
+                constant += -(-value_bits(value) // 8)
+                continue
+            sizes = [-(-value_bits(value, {value: s}) // 8) for s in self._storages[place]]
+            factors.append(RealFactor((place,), _fractions(sizes)))
+        return RealTotal(tuple(factors), constant)
+
+    def _layer(
+        self, ops: Sequence[Op], seen: frozenset[Value], metric: Metric, homes: Homes
+    ) -> tuple[tuple[int, ...], Table]:
+        """What a layer has of a metric."""
+
+        def cost(work: Work) -> float:
+            if self._is_uncovered(work):
+                return 0  # and forbidden
+            found = _OF_LAYER[metric](layer_cost(work, self.target, homes))
+            if found is None:
+                raise PassError(f"{self.target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md")
+            return found
+
+        return self._joint(ops, seen, cost)
+
+    def _is_uncovered(self, work: Work) -> bool:
+        named = self.target.costs.uncovered(work.weight_bits, work.activation_bits) if work.macs else ()
+        return any(name != "mac" for name in named)
+
+    def _joint(
+        self, ops: Sequence[Op], seen: frozenset[Value], number: Callable[[Work], float]
+    ) -> tuple[tuple[int, ...], Table]:
+        """A number for each joint choice of the decisions that a layer depends on."""
+        values = [v for op in ops for v in (*op.operands, *op.results) if v in self._decision]
+        scope = tuple(sorted({self._decision[v] for v in values}))
+        shape = tuple(len(self._storages[d]) for d in scope)
+        if math.prod(shape) > _MOST_JOINT:
+            raise PassError(
+                f"{layer_name(ops)} has {math.prod(shape):,} choices of widths together; "
+                "choose from fewer by weight-bits and activation-bits"
+            )
+        numbers = []
+        for chosen in np.ndindex(*shape):
+            at = dict(zip(scope, chosen, strict=True))
+            storages = {v: self._storages[self._decision[v]][at[self._decision[v]]] for v in values}
+            numbers.append(number(work_of(self.graph, ops, seen, storages)))
+        return scope, _fractions(numbers).reshape(shape)
+
+
+def apart(scope: tuple[int, ...], table: Table) -> tuple[list[RealFactor], Fraction]:
+    """A table as a constant and factors of one decision each, where it is a sum of such; else as it is.
+
+    Decisions that it does not depend on are left out.
+    """
+    first = table[(0,) * table.ndim]
+    axes = []
+    for axis in range(table.ndim):
+        own = table[tuple(slice(None) if i == axis else 0 for i in range(table.ndim))] - first
+        axes.append(own.reshape(tuple(-1 if i == axis else 1 for i in range(table.ndim))))
+    if np.array_equal(sum(axes, np.full(table.shape, first)), table):
+        singles = [RealFactor((d,), own.reshape(-1)) for d, own in zip(scope, axes, strict=True) if own.any()]
+        return singles, Fraction(first)
+    kept = [i for i in range(table.ndim) if (table != table.take([0], axis=i)).any()]
+    reduced = table[tuple(slice(None) if i in kept else 0 for i in range(table.ndim))]
+    return [RealFactor(tuple(scope[i] for i in kept), reduced)], Fraction(0)
+
+
+def _fractions(numbers: Iterable[float]) -> Table:
+    """An array of fractions, exactly as large as these numbers."""
+    found = [Fraction(n) for n in numbers]
+    table = np.empty(len(found), object)
+    table[:] = found
+    return table
+
+
+def _alive(graph: Graph, groups: Sequence[Sequence[Op]]) -> Iterator[list[Value]]:
+    """The activations that take memory at each step, but for steps that have a part of those of another."""
+    spans = lifetimes(graph, groups)
+    steps = [[v for v, (first, last) in spans.items() if first <= step <= last] for step in range(len(groups) + 1)]
+    for place, step in enumerate(steps):
+        others = (*steps[max(place - 1, 0) : place], *steps[place + 1 : place + 2])
+        if not any(set(step) < set(other) for other in others):
+            yield step

@@ -1,0 +1,261 @@
+"""Widths of least loss within budgets, or of least cost within a loss: costs are those of `qir.cost`, losses add up.
+
+Real costs and losses become integers for the solver: exactly where few bits hold them, else a cost is rounded up to a
+millionth of its budget, so that no budget is ever exceeded, and an objective to the nearest 2**-24 of the best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final
+
+import numpy as np
+
+from qir.cost import Homes, Room, graph_cost, rooms
+from qir.errors import PassError
+from qir.ir import Graph
+from qir.passes.widths.budgets import BudgetText
+from qir.passes.widths.costs import PLACED, GraphCosts, Metric, RealFactor, RealTotal, Table, unit_of, value_of
+from qir.passes.widths.decisions import Decision, with_storages
+from qir.passes.widths.solver import MOST, Factor, Problem, Solution, Total, solve
+from qir.target import Target
+
+#: The objective that is no metric of costs.
+LOSS: Final = "loss"
+_LIMIT_STEPS: Final = 1_000_000
+_COARSE_STEPS: Final = 1 << 20
+_FINE_STEPS: Final = 1 << 24
+
+Losses = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most of a metric, in its unit."""
+
+    metric: Metric
+    most: Fraction
+
+    def __str__(self) -> str:
+        return f"{self.metric} of at most {float(self.most):,.6g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Widths of a graph: the choice of each decision by its name, the loss that they are estimated to have, and costs.
+
+    `gap` is how far the objective may be from the best by the solver's proof, relative to it. `graph` has the storages.
+    """
+
+    choices: tuple[tuple[Decision, str], ...]
+    loss: float
+    costs: Mapping[Metric, float]
+    gap: float
+    graph: Graph
+
+
+class InfeasibleError(PassError):
+    """Budgets that no widths keep; the message states the best attainable value of each."""
+
+
+class WidthProblem:
+    """The decisions of a graph whose values have storages, with what each choice costs and loses.
+
+    `losses` has for each decision the loss of each choice. Losses of different decisions add up to that of the graph:
+    an approximation, which is why a front is measured again.
+    """
+
+    def __init__(self, graph: Graph, target: Target, decisions: Sequence[Decision], losses: Losses) -> None:
+        self.graph, self.target, self.decisions = graph, target, tuple(decisions)
+        self.costs = GraphCosts(graph, target, decisions)
+        factors = []
+        for place, (decision, own) in enumerate(zip(decisions, losses, strict=True)):
+            missing = [c for c in decision.choices if c not in own]
+            if missing:
+                raise PassError(f"{decision.kind} of %{decision.name}: no loss is known of {', '.join(missing)} bits")
+            factors.append(RealFactor((place,), _array([Fraction(own[c]) for c in decision.choices])))
+        self.loss = RealTotal(tuple(factors))
+
+    def best(
+        self, budgets: Sequence[Budget] = (), minimize: Metric | None = None, most_loss: Fraction | None = None
+    ) -> Assignment:
+        """The widths of least loss within budgets, or those of least `minimize` whose loss is `most_loss` at most.
+
+        Among equals the one of least cost, in the order of the budgets, or of least loss. Raises InfeasibleError where
+        there are none, and PassError where the target states no costs of a metric.
+        """
+        found = self._best(budgets, minimize, most_loss)
+        if found is None:
+            raise InfeasibleError(self._attainable(budgets, most_loss))
+        return found
+
+    def budget(self, text: BudgetText) -> Budget:
+        """The budget in the unit of its metric; what is relative is so to the widths of the graph itself."""
+        if not text.relative:
+            return Budget(text.metric, text.amount)
+        own = value_of(text.metric, self.graph, self.target, graph_cost(self.graph, self.target))
+        return Budget(text.metric, Fraction(own) * text.amount)
+
+    def assignment(self, chosen: Sequence[int], gap: float = 0.0) -> Assignment:
+        """What these choices, one for each decision by its number, come to."""
+        names = [tuple(d.choices)[c] for d, c in zip(self.decisions, chosen, strict=True)]
+        storages = {v: d.choices[n] for d, n in zip(self.decisions, names, strict=True) for v in d.values}
+        graph = with_storages(self.graph, storages)
+        cost, costs = graph_cost(graph, self.target), dict[Metric, float]()
+        for metric in Metric:
+            if self.states(metric):
+                costs[metric] = value_of(metric, graph, self.target, cost)
+        choices = tuple(zip(self.decisions, names, strict=True))
+        return Assignment(choices, float(self.loss.of(chosen)), costs, gap, graph)
+
+    def states(self, metric: Metric) -> bool:
+        """Whether the target states what a metric takes."""
+        costs = self.target.costs
+        fabric = costs.fabric
+        return {
+            Metric.LATENCY: costs.has_latency and costs.clock is not None,
+            Metric.ENERGY: bool(costs.mac_energy),
+            Metric.LUT: fabric is not None and bool(fabric.lut_per_sum_bit or fabric.lut_per_bit_operation),
+            Metric.DSP: fabric is not None and bool(fabric.dsp),
+            Metric.BRAM: fabric is not None and fabric.bram_bits is not None,
+        }.get(metric, True)
+
+    def _best(
+        self, budgets: Sequence[Budget], minimize: Metric | None, most_loss: Fraction | None
+    ) -> Assignment | None:
+        metrics = [b.metric for b in budgets] + ([minimize] if minimize is not None else [])
+        candidates = self._rooms() if any(m in PLACED for m in metrics) else [(rooms(self.target)[0], ())]
+        found: list[tuple[tuple[Fraction, ...], Solution]] = []
+        for room, limits in candidates:
+            best = self._solve(room.homes, budgets, minimize, most_loss, limits)
+            if best is not None:
+                found.append(best)
+        if not found:
+            return None
+        _, solution = min(found, key=lambda f: (f[0], f[1].chosen))
+        return self.assignment(solution.chosen, solution.gap)
+
+    def _rooms(self) -> Iterator[tuple[Room, Sequence[tuple[RealTotal, int]]]]:
+        """Where data can live, with what must fit for it, up to the first where everything does."""
+        for room in rooms(self.target):
+            limits = list(self.costs.room(room))
+            if all(total.span[0] <= most for total, most in limits):
+                yield room, limits
+            if all(total.span[1] <= most for total, most in limits):
+                return
+
+    def _solve(
+        self,
+        homes: Homes,
+        budgets: Sequence[Budget],
+        minimize: Metric | None,
+        most_loss: Fraction | None,
+        room: Sequence[tuple[RealTotal, int]],
+    ) -> tuple[tuple[Fraction, ...], Solution] | None:
+        """The best with data in these memories, and its objectives."""
+        limits = [(total, Fraction(most)) for total, most in room]
+        objectives: list[tuple[RealTotal, ...]] = []
+        for budget in budgets:
+            totals, unit = self.costs.totals(budget.metric, homes), unit_of(budget.metric, self.target)
+            limits += [(total, budget.most / unit) for total in totals]
+            objectives.append(totals)
+        if most_loss is not None:
+            limits.append((self.loss, most_loss))
+        if minimize is not None:
+            objectives = [self.costs.totals(minimize, homes), (self.loss,), *objectives]
+        else:
+            objectives = [(self.loss,), *objectives]
+        sizes = tuple(len(d.choices) for d in self.decisions)
+        forbidden = tuple(Factor(f.scope, f.table.astype(np.int64)) for f in self.costs.forbidden())
+        kept = tuple(scaled_limit(total, most) for total, most in limits)
+        start = solve(Problem(sizes, (tuple(_scaled(objectives[0], None)),), kept, forbidden))
+        if start is None:
+            return None
+        first = tuple(_scaled(objectives[0], max(t.of(start.chosen) for t in objectives[0])))
+        rest = tuple(tuple(_scaled(o, None)) for o in objectives[1:])
+        solution = solve(Problem(sizes, (first, *rest), kept, forbidden)) or start
+        return tuple(max(t.of(solution.chosen) for t in o) for o in objectives), solution
+
+    def _attainable(self, budgets: Sequence[Budget], most_loss: Fraction | None) -> str:
+        """Why no widths keep all budgets: what is attainable of each alone, or of each within the others."""
+        lines, alone = list[str](), True
+        for budget in budgets:
+            least = self._best((), budget.metric, None)
+            assert least is not None
+            value = least.costs[budget.metric]
+            alone = alone and value <= budget.most
+            lines.append(f"{budget}: the least is {value:,.6g}")
+        if most_loss is not None:
+            least = self._best((), None, None)
+            assert least is not None
+            alone = alone and least.loss <= most_loss
+            lines.append(f"loss of at most {float(most_loss):.6g}: the least is {least.loss:.6g}")
+        head = "no widths keep the budgets"
+        if alone:
+            head += " together, though each alone can be kept"
+            for place, budget in enumerate(budgets):
+                others = [b for i, b in enumerate(budgets) if i != place]
+                least = self._best(others, budget.metric, most_loss)
+                if least is not None:
+                    lines[place] += f" alone, {least.costs[budget.metric]:,.6g} within the others"
+        return f"{head}; " + "; ".join(lines)
+
+
+def scaled_limit(total: RealTotal, most: Fraction) -> tuple[Total, int]:
+    """A limit in integers: exact where they are small, else rounded up to a millionth of what the limit leaves."""
+    low, high = total.span
+    unit = _exact_unit(total)
+    if unit is None or (high - low) / unit > MOST:
+        left = most - low
+        unit = (left if left > 0 else high - low) / _LIMIT_STEPS
+    if unit == 0:  # nothing to choose
+        return Total((), 0), 0 if low <= most else -1
+    limit = math.floor((most - low) / unit)
+    factors = []
+    for factor in total.factors:
+        entries = [math.ceil((e - factor.table.min()) / unit) for e in factor.table.reshape(-1)]
+        table = np.minimum(np.array(entries, object), max(limit, 0) + 1).astype(np.int64)
+        factors.append(Factor(factor.scope, table.reshape(factor.table.shape)))
+    return Total(tuple(factors)), limit
+
+
+def _scaled(totals: Sequence[RealTotal], known: Fraction | None) -> Iterator[Total]:
+    """An objective in integers: exact where they are small, else to the nearest of many steps.
+
+    `known` is an objective that can be attained: what is worse need not be told apart, so that steps are finer.
+    """
+    low, high = min(t.span[0] for t in totals), max(t.span[1] for t in totals)
+    units = [_exact_unit(t) for t in totals]
+    unit: Fraction | None = units[0] if len(totals) == 1 else Fraction(1)
+    if unit is None or (high - low) / unit > MOST:
+        unit = (high - low) / _COARSE_STEPS
+        if known is not None and len(totals) == 1:
+            unit = min(unit, (known - low) / _FINE_STEPS) or unit
+    top = high - low if known is None or len(totals) > 1 else known - low
+    for total in totals:
+        factors = []
+        for factor in total.factors:
+            entries = [min(e - factor.table.min(), top + unit) / unit if unit else 0 for e in factor.table.reshape(-1)]
+            table = np.array([round(e) for e in entries], np.int64).reshape(factor.table.shape)
+            factors.append(Factor(factor.scope, table))
+        constant = total.span[0] - low
+        yield Total(tuple(factors), round(constant / unit) if unit else 0)
+
+
+def _exact_unit(total: RealTotal) -> Fraction | None:
+    """The largest number of which all differences within the factors are multiples; None where there are none."""
+    numbers = [e - f.table.min() for f in total.factors for e in f.table.reshape(-1)]
+    numbers = [n for n in numbers if n]
+    if not numbers:
+        return None
+    bottom = math.lcm(*(n.denominator for n in numbers))
+    return Fraction(math.gcd(*(int(n * bottom) for n in numbers)), bottom)
+
+
+def _array(entries: Sequence[Any]) -> Table:
+    table = np.empty(len(entries), object)
+    table[:] = entries
+    return table
