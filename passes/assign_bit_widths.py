@@ -21,12 +21,16 @@ from qir.passes.widths.decisions import Kind, Widths, decisions
 from qir.passes.widths.problem import Assignment, WidthProblem
 from qir.passes.widths.quality import SQNR, Quality, quality_of
 from qir.passes.widths.sensitivity import Analysis, Sensitivity, sensitivity_key
-from qir.passes.widths.storage import bias_storage, default_widths, weight_storage
+from qir.passes.widths.storage import bias_storage, default_widths, scale_axis, weight_storage
 from qir.rewrite import Rewriter
-from qir.target import Target
+from qir.target import Target, WeightFormat
 from qir.types import FloatType, IntegerType
 
-_OVERRIDE: Final = re.compile(r"(?P<pattern>.+):(?P<kind>[aw]?)(?P<bits>\d{1,2})")
+_OVERRIDE: Final = re.compile(
+    rf"(?P<pattern>.+):(?:(?P<kind>[aw]?)(?P<bits>\d{{1,2}})|w(?P<width>\d{{1,2}})/(?P<format>{'|'.join(WeightFormat)}))"
+)
+#: Width and format by `w` and `a` of ops; the format says something of weights alone.
+_Overrides = Mapping[Op, Mapping[str, tuple[int, WeightFormat]]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,15 @@ class AssignBitWidths(Pass):
 
     `override` names exceptions as `pattern:bits`, several apart by `;`: the pattern (as in a shell) matches names of
     results or locations of ops, the last match counts, and the width holds for the op's results and its weights;
-    `pattern:w4` is for the weights alone, `pattern:a8` for the results.
+    `pattern:w4` is for the weights alone, `pattern:a8` for the results. `pattern:w4/power_of_two` and
+    `pattern:w4/codebook` ask for a format of weights that the target lists; without one they are uniform.
 
     With `budget`, such as `weights:0.5x;latency:120us`, widths are those of least loss within it, and with `minimize`,
     such as `energy`, those that take least while the loss keeps to `floor`, such as `sqnr:30`: proved best by an
     integer linear program over what `qir.cost` gives for each layer and what each width costs in `quality` (`sqnr` or
     `kl`), measured on the calibration feeds or taken from the file `sensitivity`. `proxy` measures one width of each
-    layer only. `weight-bits` and `activation-bits` are the widths to choose from, all of the target's without; what is
-    overridden stays. Weights alone are never given widths so.
+    layer only. `weights`, such as `8;6;4/codebook`, and `activations` are the widths to choose from, all of the
+    target's without; what is overridden stays. Widths for weights alone are left to overrides.
 
     Raises PassError for what does not fit the target, and InfeasibleError, with the best attainable values, where no
     widths keep the budgets.
@@ -56,15 +61,18 @@ class AssignBitWidths(Pass):
     minimize: str = ""
     floor: str = ""
     quality: str = SQNR.name
-    weight_bits: tuple[int, ...] = ()
-    activation_bits: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ()
+    activations: tuple[int, ...] = ()
     sensitivity: str = ""
     proxy: bool = False
 
     def __post_init__(self) -> None:
         for text in self.override:
             if not _OVERRIDE.fullmatch(text):
-                raise PassError(f"override {text!r} is not of the form pattern:bits, pattern:w4 or pattern:a8")
+                raise PassError(
+                    f"override {text!r} is not of the form pattern:bits, pattern:w4 or pattern:a8, "
+                    f"where w4 may end in a format of weights: {', '.join(f'w4/{item}' for item in WeightFormat)}"
+                )
         for text in self.budget:
             parse_budget(text)
         quality_of(self.quality)
@@ -73,7 +81,7 @@ class AssignBitWidths(Pass):
         if self.floor:
             metric_of(self.minimize)
             parse_floor(self.floor)
-        if not self.optimizes and (self.weight_bits or self.activation_bits or self.sensitivity or self.proxy):
+        if not self.optimizes and (self.weights or self.activations or self.sensitivity or self.proxy):
             raise PassError("there is nothing to choose by; give a budget, or minimize and floor")
 
     @property
@@ -100,7 +108,7 @@ class AssignBitWidths(Pass):
 
     def _best(self, graph: Graph, target: Target, settled: set[Value], context: PassContext) -> Assignment:
         quality, most_loss = parse_floor(self.floor) if self.floor else (quality_of(self.quality), None)
-        choices = decisions(graph, target, Widths(self.weight_bits, self.activation_bits), settled)
+        choices = decisions(graph, target, Widths(self.weights, self.activations), settled)
         if self.sensitivity:
             losses = _read_sensitivity(Path(self.sensitivity), graph, target, quality)
         else:
@@ -116,32 +124,42 @@ class AssignBitWidths(Pass):
         budgets = [problem.budget(parse_budget(text)) for text in self.budget]
         return problem.best(budgets, metric_of(self.minimize) if self.minimize else None, most_loss)
 
-    def _matches(self, graph: Graph, target: Target) -> Mapping[Op, dict[str, int]]:
-        """Ops whose widths, `w` and `a`, are overridden.
+    def _matches(self, graph: Graph, target: Target) -> _Overrides:
+        """Ops whose widths, `w` and `a`, are overridden, each with a format, which says something of weights alone.
 
-        Raises PassError for a pattern without a match or a width the chip lacks.
+        Raises PassError for a pattern without a match, and for a width or a format that the chip lacks.
         """
-        found: dict[Op, dict[str, int]] = {}
-        alone = target.weight_only.bits if target.weight_only is not None else ()
-        kinds = {"a": ("activations", target.activations.bits), "w": ("weights", (*target.weights.bits, *alone))}
+        found: dict[Op, dict[str, tuple[int, WeightFormat]]] = {}
         for text in self.override:
             match = _OVERRIDE.fullmatch(text)
             assert match is not None
-            bits, which = int(match["bits"]), match["kind"] or "aw"
+            bits, item = int(match["width"] or match["bits"]), WeightFormat(match["format"] or WeightFormat.UNIFORM)
+            which = "w" if match["format"] else match["kind"] or "aw"
             for kind in which:
-                name, widths = kinds[kind]
+                name, widths = ("activations", target.activations.bits) if kind == "a" else _offered(target, item)
+                if not widths:
+                    has = f"no {name}, only {', '.join(target.weights.formats)}; list {item} under its weights.formats"
+                    raise PassError(f"override {text!r}: {target.name} has {has}")
                 if bits not in widths:
-                    listed = ", ".join(map(str, widths))
-                    raise PassError(f"override {text!r}: {target.name} has {name} of {listed} bits, not {bits}")
+                    has = f"{name} of {', '.join(map(str, widths))} bits, not {bits}"
+                    raise PassError(f"override {text!r}: {target.name} has {has}")
             matched = [op for op in graph.ops if not isinstance(op, Const) and _matches(op, match["pattern"])]
             if not matched:
                 raise PassError(f"override {text!r} matches no result and no location of the graph")
             for op in matched:
-                found.setdefault(op, {}).update(dict.fromkeys(which, bits))
+                found.setdefault(op, {}).update(dict.fromkeys(which, (bits, item)))
         return found
 
 
-def _by_default(graph: Graph, target: Target, overrides: Mapping[Op, Mapping[str, int]]) -> tuple[Graph, int]:
+def _offered(target: Target, item: WeightFormat) -> tuple[str, tuple[int, ...]]:
+    """What weights of a format are called in messages, and the widths that the target has of them."""
+    widths = target.weights.widths(item)
+    if item is not WeightFormat.UNIFORM:
+        return f"{item} weights", widths
+    return "weights", (*widths, *(target.weight_only.bits if target.weight_only is not None else ()))
+
+
+def _by_default(graph: Graph, target: Target, overrides: _Overrides) -> tuple[Graph, int]:
     """The graph with the default widths, but for the ops that are overridden, and how many results got one."""
     weight_bits, activation_bits = default_widths(target)
     rewriter = Rewriter(graph)
@@ -153,8 +171,8 @@ def _by_default(graph: Graph, target: Target, overrides: Mapping[Op, Mapping[str
             continue  # each reader gets a constant of its own
         chosen = overrides.get(op, {})
         if isinstance(op, Conv | MatMul):
-            _own_constants(rewriter, op, target, chosen.get("w", weight_bits))
-        storage = target.activations.storage(chosen.get("a", activation_bits))
+            _own_constants(rewriter, op, target, *chosen.get("w", (weight_bits, WeightFormat.UNIFORM)))
+        storage = target.activations.storage(chosen["a"][0] if "a" in chosen else activation_bits)
         results = [_stored(r, storage) for r in op.results]
         stored += sum(r.storage is not None for r in results)
         rewriter.keep(op, results)
@@ -203,13 +221,16 @@ def _only_parameters(graph: Graph, value: Value) -> bool:
     return bool(users) and all(isinstance(u, Conv | MatMul) and u.operands[0] is not value for u in users)
 
 
-def _own_constants(rewriter: Rewriter, op: Op, target: Target, weight_bits: int) -> None:
+def _own_constants(rewriter: Rewriter, op: Conv | MatMul, target: Target, weight_bits: int, item: WeightFormat) -> None:
     """Give the op constants of its own as weights and bias: their types follow from this op and no other."""
     weight, bias = op.operands[1], op.optional_operand(2)
-    for old, storage in ((weight, weight_storage(target, weight_bits)), (bias, bias_storage(target))):
+    for old in (weight, bias):
         data = None if old is None else rewriter.graph.constants.get(old)
         if old is None or data is None:
             continue
+        storage = bias_storage(target)
+        if old is weight:
+            storage = weight_storage(target, weight_bits, item, data.data, scale_axis(target, op))
         if _only_parameters(rewriter.graph, old):
             rewriter.claim(old)
         owned = replace(old, name=rewriter.fresh(old.name), storage=storage)

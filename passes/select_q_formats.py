@@ -1,7 +1,8 @@
 """select-q-formats: scale and zero point of every value, under the scheme that the target asks for.
 
-Activations are searched on their histograms; weights get the scale of their largest magnitude; biases the product of
-input and weight scale. Values that an op only passes on share one format, as do the operands of a concatenation.
+Activations are searched on their histograms; weights get the scale of their largest magnitude, or, of few levels, one
+of little error; biases the product of input and weight scale. Values that an op only passes on share one format, as do
+the operands of a concatenation.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from qir.errors import CalibrationError, PassError
 from qir.fixed_point import Overflow, floor_log2, round_half_away
 from qir.integer_functions_16 import OUTPUT_SCALE
 from qir.ir import Graph, Op, Stage, Value
+from qir.levels import level_scales
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
 from qir.passes.accumulation import excess_bits, least_weight_scale, reach, sum_scale
-from qir.passes.widths.storage import bias_storage
+from qir.passes.widths.storage import bias_storage, scale_axis
 from qir.rewrite import map_values
 from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
-from qir.target import FunctionRule, Granularity, Scales, Scheme, Target
+from qir.target import FunctionRule, Scales, Scheme, Target
 from qir.types import (
     AffineType,
     FixedPointType,
@@ -241,11 +243,7 @@ def _weight_format(
     op: Conv | MatMul, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
 ) -> QuantizedType:
     """The format of constant weights. Of weights alone it is one scale a channel: legalize makes those of blocks."""
-    contract, storage = target.weights, _storage(weight)
-    axis = 0 if isinstance(op, Conv) else data.data.ndim - 1
-    granularity = contract.conv if isinstance(op, Conv) else contract.matmul
-    per_channel = granularity is Granularity.PER_CHANNEL and data.data.ndim in (2, 3, 4)
-    chosen = axis if per_channel else None
+    contract, storage, chosen = target.weights, _storage(weight), scale_axis(target, op)
     added = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
     sums = added
     if target.accumulator.rounding is None:  # else sums keep fewer fraction bits instead
@@ -255,8 +253,9 @@ def _weight_format(
     if contract.scheme is Scheme.AFFINE:
         scales, zeros = affine_weights(data.data, storage, chosen, least)
         return affine(storage, scales, zeros, chosen, data.name)
-    scales = weight_scales(data.data, storage, chosen, least)
-    if contract.scales is Scales.POWER_OF_TWO:
+    powers = contract.scales is Scales.POWER_OF_TWO
+    scales = weight_scales(data.data, storage, chosen, least, powers=powers)
+    if powers:
         exponents = floor_log2(scales)
         return fixed_point(storage, exponents + (np.ldexp(np.float32(1), exponents) < scales), chosen)
     return affine(storage, scales, 0, chosen, data.name)
@@ -268,13 +267,17 @@ def _scale(kind: TensorType) -> float:
 
 
 def weight_scales(
-    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any]
+    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any], *, powers: bool = False
 ) -> npt.NDArray[np.float32]:
     """Symmetric float32 scales: the largest magnitude over the largest integer, per channel or for the tensor.
 
-    Raised to `least`, one or one a channel, where bias or sums would come near the ends of the accumulator; a channel
-    of zeros takes the least scale of the others, for the precision of its bias.
+    Where there are but few integers, levels or -2 to 1, they are those of `level_scales`, `powers` of two if asked for:
+    the largest magnitude would leave most weights none but the integers next to 0. Raised to `least`, one or one a
+    channel, where bias or sums would come near the ends of the accumulator; a channel of zeros takes the least scale of
+    the others, for the precision of its bias.
     """
+    if storage.levels is not None or storage.is_shift:
+        return _raised(level_scales(data, storage, axis, powers=powers), axis, least)
     magnitude = np.abs(data.astype(np.float64))
     return _raised(magnitude.max(axis=_others(data, axis), initial=0.0) / storage.hi, axis, least)
 

@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_override,
         metavar="PATTERN:BITS",
-        help="widths for ops whose results or locations match: fc*:8, fc*:w4 for weights alone, fc*:a16 for results; "
-        "repeatable, the last match counts",
+        help="widths for ops whose results or locations match: fc*:8, fc*:w4 for weights alone, fc*:w4/power_of_two "
+        "and fc*:w4/codebook for formats of weights, fc*:a16 for results; repeatable, the last match counts",
     )
     make.add_argument("--dump-ir", metavar="DIR", help="folder to write the graph to after every pass")
     _add_input_options(make)

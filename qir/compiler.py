@@ -35,8 +35,9 @@ def compile(
     `calibration` is any iterable of feeds, each a mapping of input names to float32 arrays, or what was observed of
     them before (`qir.observe`). `pipeline` replaces the default one and may be a string. `overrides` gives bit widths
     of their own to ops: pattern of a result's name or a location -> bits, or `"w4"` for weights alone and `"a16"` for
-    results; the last match counts. The graph is verified before the first pass and after each; `instruments` then see
-    every pass. Nothing that is passed in is changed.
+    results; `"w4/power_of_two"` and `"w4/codebook"` are formats of weights; the last match counts. The graph is
+    verified before the first pass and after each; `instruments` then see every pass. Nothing that is passed in is
+    changed.
 
     Raises a QirError: ImportModelError, TargetError, CalibrationError or VerifyError for what is passed in, and
     PassError, which names the pass and those done and keeps the last good graph, for what fails on the way.

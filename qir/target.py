@@ -17,10 +17,11 @@ from typing import Any, Final
 from qir.cost_tables import Costs
 from qir.errors import ContractError
 from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
+from qir.levels import CODEBOOK_GRID, power_of_two_levels
 from qir.ops.accumulate import STEPWISE, Order
 from qir.ops.dequantize_blocks import Packing
 from qir.ops.fixed_rescale import QuantizeRule
-from qir.types import IntegerType, integer
+from qir.types import BINARY, IntegerType, integer
 
 #: Activations and weights have at most this many bits.
 MOST_BITS: Final = 16
@@ -47,6 +48,22 @@ class Scales(enum.StrEnum):
 
     REAL = "real"
     POWER_OF_TWO = "power_of_two"
+
+
+class WeightFormat(enum.StrEnum):
+    """Which integers weights of a width are of."""
+
+    UNIFORM = "uniform"  # all that the width holds; of 1 bit -1 and 1
+    POWER_OF_TWO = "power_of_two"  # 0 and plus or minus powers of two: a product is a shift
+    CODEBOOK = "codebook"  # as many integers of 8 bits as indices of the width tell apart, chosen for each tensor
+
+
+#: The widths that weights of a format may have, where the contract lists them.
+FORMAT_BITS: Final[Mapping[WeightFormat, range]] = {
+    WeightFormat.UNIFORM: range(1, MOST_BITS + 1),
+    WeightFormat.POWER_OF_TWO: range(2, 6),
+    WeightFormat.CODEBOOK: range(1, 7),
+}
 
 
 class Width(enum.StrEnum):
@@ -145,15 +162,43 @@ class Activations(Operand):
 
 @dataclass(frozen=True)
 class Weights(Operand):
-    """Constant operands of convolutions and matrix products, and whether each output channel has its own scale."""
+    """Constant operands of convolutions and matrix products, and whether each output channel has its own scale.
+
+    Symmetric weights of 1 bit are binary: -1 and 1. `formats` are those that weights come in; a format has those of the
+    listed widths that `FORMAT_BITS` gives it.
+    """
 
     conv: Granularity = Granularity.PER_CHANNEL
     matmul: Granularity = Granularity.PER_TENSOR
+    formats: tuple[WeightFormat, ...] = (WeightFormat.UNIFORM,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.signed and self.scheme is Scheme.SYMMETRIC:
             raise ContractError("scheme", "unsigned weights need a zero point; use scheme = affine")
+        if WeightFormat.UNIFORM not in self.formats:
+            raise ContractError("formats", "uniform must be among them: weights have it where nothing asks for another")
+        if self.formats != (WeightFormat.UNIFORM,) and (self.scheme is Scheme.AFFINE or self.reduce_range):
+            message = "only uniform weights have zero points or leave a bit out; use scheme = symmetric"
+            raise ContractError("formats", f"{message} without reduce_range")
+
+    def widths(self, item: WeightFormat) -> tuple[int, ...]:
+        """The listed widths that a format has."""
+        return tuple(b for b in self.bits if b in FORMAT_BITS[item]) if item in self.formats else ()
+
+    def formats_of(self, bits: int) -> tuple[WeightFormat, ...]:
+        """The formats that weights of a width come in, uniform first; none where the width is not listed."""
+        return tuple(item for item in WeightFormat if bits in self.widths(item))
+
+    def _bounds(self, bits: int) -> tuple[int, int]:
+        return (BINARY.lo, BINARY.hi) if self._is_binary(bits) else super()._bounds(bits)
+
+    def _is_binary(self, bits: int) -> bool:
+        return bits == 1 and self.signed and self.scheme is Scheme.SYMMETRIC and not self.reduce_range
+
+    def storage(self, bits: int) -> IntegerType:
+        """The integer type of uniform weights of this width."""
+        return BINARY if self._is_binary(bits) else super().storage(bits)
 
 
 @dataclass(frozen=True)
@@ -382,6 +427,10 @@ class Target:
                 for key in self.costs.uncovered(w, a):
                     pair = f"weights of {w} bits times activations of {a}"
                     yield ContractError(f"costs.{key}", f'"{w}x{a}" is missing, the cost of {pair}')
+            for w in self._level_bits():
+                for key in (k for k in self.costs.uncovered(w, a) if k != "mac"):
+                    pair = f"levels of weights of {w} bits times activations of {a}"
+                    yield ContractError(f"costs.{key}", f'"{w}x{a}" is missing, the cost of {pair}')
         bits = self.accumulator.bits
         if self.bias_bits is not None and not 2 <= self.bias_bits <= (bits if isinstance(bits, int) else 64):
             yield ContractError("bias_bits", "a bias has 2 bits or more and is no wider than the accumulator")
@@ -412,6 +461,13 @@ class Target:
             if size < 1:
                 yield ContractError(f"memory.{name}", f"a memory has at least one byte, not {size}")
         yield from self.costs.memory_faults(self.memory)
+
+    def _level_bits(self) -> set[int]:
+        """The widths of the levels of weights, which are multiplied with, where they differ from those listed."""
+        found = {self.weights.storage(b).bits for b in self.weights.bits}
+        found |= {power_of_two_levels(b).bits for b in self.weights.widths(WeightFormat.POWER_OF_TWO)}
+        found |= {CODEBOOK_GRID.bits} if self.weights.widths(WeightFormat.CODEBOOK) else set()
+        return found - set(self.weights.bits)
 
     def _scales(self) -> Iterator[ContractError]:
         powers = self.activations.scales is Scales.POWER_OF_TWO

@@ -5,6 +5,7 @@ A type says what bits mean; how they were made (rounding, overflow) belongs to o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from qir.errors import QirError
 
 #: The symbolic batch: the leading dimension that stays open, so that one program runs any batch size.
 BATCH: Final = "N"
+#: An integer type lists at most this many levels, so that its text stays one line: an index of 6 bits.
+MOST_LEVELS: Final = 64
+#: Levels have at most this many bits, so that float64 holds them and their middles.
+MOST_LEVEL_BITS: Final = 32
 Dim = int | Literal["N"]
 Shape = tuple[Dim, ...]
 
@@ -37,20 +42,37 @@ F32: Final = FloatType()
 class IntegerType:
     """An integer of 1 to 64 bits whose values lie in [lo, hi], which may be narrower than the container.
 
-    Raises QirError when the width is outside 1..64 or the bounds are empty or do not fit the width.
+    `levels` are the only values that there are, where not every integer from lo to hi is one: of constants, whose data
+    are the levels themselves and which are stored as their indices.
+
+    Raises QirError when the width is outside 1..64, the bounds are empty or do not fit the width, or the levels do not
+    ascend from lo to hi.
     """
 
     bits: int
     signed: bool
     lo: int
     hi: int
+    levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.levels is not None:
+            self._check_levels(self.levels)
         low, high = container_bounds(self.bits, self.signed)
         if not low <= self.lo <= self.hi <= high:
             raise QirError(
                 f"storage bounds [{self.lo}, {self.hi}] do not fit {self.base_name}, which holds [{low}, {high}]"
             )
+
+    def _check_levels(self, levels: tuple[int, ...]) -> None:
+        if self.bits > MOST_LEVEL_BITS:
+            raise QirError(f"an integer type with levels has at most {MOST_LEVEL_BITS} bits, not {self.bits}")
+        if not 2 <= len(levels) <= MOST_LEVELS:
+            raise QirError(f"an integer type has 2 to {MOST_LEVELS} levels, not {len(levels)}")
+        if any(a >= b for a, b in itertools.pairwise(levels)):
+            raise QirError(f"levels ascend, and {list(levels)} do not")
+        if (self.lo, self.hi) != (levels[0], levels[-1]):
+            raise QirError(f"bounds [{self.lo}, {self.hi}] are not those of the levels {list(levels)}")
 
     @property
     def base_name(self) -> str:
@@ -68,11 +90,26 @@ class IntegerType:
         width = next(w for w in (8, 16, 32, 64) if self.bits <= w)
         return np.dtype(f"{'i' if self.signed else 'u'}{width // 8}")
 
+    @property
+    def stored_bits(self) -> int:
+        """The bits that an element takes where it is stored: those of the index of its level, else of the container."""
+        return self.bits if self.levels is None else (len(self.levels) - 1).bit_length()
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether every value is 0 or plus or minus a power of two, so that a product with it is a shift."""
+        if self.levels is None and not -2 <= self.lo <= self.hi <= 2:
+            return False
+        values = range(self.lo, self.hi + 1) if self.levels is None else self.levels
+        return all(abs(v).bit_count() <= 1 for v in values)
+
     def narrowed(self, lo: int, hi: int) -> IntegerType:
-        """The same container with these storage bounds."""
+        """The same container with these storage bounds, every integer between them included."""
         return IntegerType(self.bits, self.signed, lo, hi)
 
     def __str__(self) -> str:
+        if self.levels is not None:
+            return f"{self.base_name}{{{', '.join(map(str, self.levels))}}}"
         return f"{self.base_name}[{self.lo}, {self.hi}]" if self.is_narrowed else self.base_name
 
 
@@ -91,12 +128,23 @@ def integer(bits: int, signed: bool = True) -> IntegerType:
     return IntegerType(bits, signed, *container_bounds(bits, signed))
 
 
+def of_levels(levels: Sequence[int]) -> IntegerType:
+    """The integer type of these levels, ascending, in the narrowest signed container that holds them.
+
+    Raises QirError as IntegerType does.
+    """
+    bits = max((max(v, ~v).bit_length() + 1 for v in levels), default=1)
+    return IntegerType(bits, True, min(levels, default=0), max(levels, default=0), tuple(levels))
+
+
 S8: Final = integer(8)
 S16: Final = integer(16)
 S32: Final = integer(32)
 S64: Final = integer(64)
 U8: Final = integer(8, signed=False)
 BOOL: Final = integer(1, signed=False)
+#: Binary weights: a sign, which is stored in a bit.
+BINARY: Final = of_levels((-1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +173,8 @@ class AffineType:
         low, high = container_bounds(self.storage.bits, self.storage.signed)
         if any(not low <= zero <= high for zero in self.zero_point.data.reshape(-1).tolist()):
             raise QirError(f"every zero point must lie in {self.storage.base_name}, which holds [{low}, {high}]")
+        if self.storage.levels is not None and self.has_zero_point:
+            raise QirError(f"levels have no zero point but 0, and {self.storage} is given one")
 
     @property
     def parameters(self) -> Array:

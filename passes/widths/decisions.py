@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from qir.errors import PassError
-from qir.ir import Graph, Op, Value
+from qir.ir import Graph, Value
 from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
 from qir.passes.select_q_formats import share_formats
-from qir.passes.widths.storage import weight_storage
+from qir.passes.widths.storage import scale_axis, weight_storage
 from qir.rewrite import map_values
-from qir.target import Target
+from qir.target import Target, WeightFormat
 from qir.types import IntegerType
+
+Layer = Conv | MatMul
+Name = TypeVar("Name", int, str)
+#: What follows the bits in the names of choices.
+_SUFFIX: Final = {item: "" if item is WeightFormat.UNIFORM else f"/{item}" for item in WeightFormat}
 
 
 class Kind(enum.StrEnum):
@@ -26,19 +32,13 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths to choose from, of those that the target has; empty for all."""
+    """What to choose from, of what the target has; empty for all of it.
 
-    weights: tuple[int, ...] = ()
+    Weights by bits and format, such as `8` or `4/codebook`, as overrides name them.
+    """
+
+    weights: tuple[str, ...] = ()
     activations: tuple[int, ...] = ()
-
-    def of(self, kind: Kind, has: Collection[int], target: Target) -> tuple[int, ...]:
-        """The widths, from wide to narrow. Raises PassError for one that the target lacks."""
-        asked = self.weights if kind is Kind.WEIGHTS else self.activations
-        for bits in asked:
-            if bits not in has:
-                listed = ", ".join(map(str, has))
-                raise PassError(f"{target.name} has {kind} of {listed} bits, not {bits}; choose from these")
-        return tuple(sorted(asked or has, reverse=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +59,13 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
 
     What is `settled`, and weights of a width that the target has for weights alone, keep the storage that they have.
     """
-    parameters: dict[Value, Op] = {}
+    parameters: dict[Value, Layer] = {}
     for op in graph.ops:
         if isinstance(op, Conv | MatMul) and op.operands[1] in graph.constants:
             parameters |= dict.fromkeys(op.operands[1:], op)
-    activations = widths.of(Kind.ACTIVATIONS, target.activations.bits, target)
-    weights = widths.of(Kind.WEIGHTS, target.weights.bits, target)
+    activations = _chosen(widths.activations, target.activations.bits, Kind.ACTIVATIONS, target)
+    offered = {f"{b}{_SUFFIX[f]}": (b, f) for f in target.weights.formats for b in target.weights.widths(f)}
+    weights = [offered[name] for name in _chosen(widths.weights, tuple(offered), Kind.WEIGHTS, target)]
     groups = share_formats(graph)
     for op in graph.ops:  # a constant that is read as a value goes with what it makes
         if isinstance(op, Const) and op.result.storage is not None and op.result not in parameters:
@@ -79,8 +80,8 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
         if value in parameters:
             layer = parameters[value]
             if value is layer.operands[1]:
-                kept = value in settled or storage.bits not in target.weights.bits
-                choices = {str(storage.bits): storage} if kept else _weight_choices(target, weights)
+                kept = value in settled or storage.stored_bits not in target.weights.bits
+                choices = {str(storage.stored_bits): storage} if kept else _storages(graph, target, layer, weights)
                 found[value] = Decision(layer.results[0].name, Kind.WEIGHTS, (value,), choices)
             continue
         leader = groups[value]
@@ -88,13 +89,27 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
         if leader not in found:
             kept = any(v in settled for v in members)
             own = {str(storage.bits): storage}
-            choices = own if kept else {str(b): target.activations.storage(b) for b in activations}
+            choices = own if kept else {str(b): target.activations.storage(b) for b in sorted(activations)[::-1]}
             found[leader] = Decision(value.name, Kind.ACTIVATIONS, members, choices)
     return tuple(found.values())
 
 
-def _weight_choices(target: Target, widths: Collection[int]) -> dict[str, IntegerType]:
-    return {str(bits): weight_storage(target, bits) for bits in widths}
+def _chosen(asked: tuple[Name, ...], has: tuple[Name, ...], kind: Kind, target: Target) -> tuple[Name, ...]:
+    """What is asked for, in the order of what the target has. Raises PassError for what it lacks."""
+    for name in asked:
+        if name not in has:
+            listed = ", ".join(map(str, has))
+            raise PassError(f"{target.name} has {kind} of {listed} bits, not {name}; choose from these")
+    return tuple(name for name in has if not asked or name in asked)
+
+
+def _storages(
+    graph: Graph, target: Target, layer: Layer, weights: Sequence[tuple[int, WeightFormat]]
+) -> dict[str, IntegerType]:
+    """The storages of a layer's weights by name, the widest first."""
+    data, axis = graph.constants[layer.operands[1]].data, scale_axis(target, layer)
+    widest_first = sorted(weights, key=lambda w: -w[0])
+    return {f"{bits}{_SUFFIX[item]}": weight_storage(target, bits, item, data, axis) for bits, item in widest_first}
 
 
 def with_storages(graph: Graph, storages: Mapping[Value, IntegerType]) -> Graph:

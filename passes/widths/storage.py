@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from qir.target import Target
+from typing import Any
+
+import numpy.typing as npt
+
+from qir.errors import QirError
+from qir.levels import codebook, power_of_two_levels
+from qir.ops.float_nn import Conv, MatMul
+from qir.target import Granularity, Scales, Target, WeightFormat
 from qir.types import IntegerType, integer
 
 
@@ -14,9 +21,36 @@ def default_widths(target: Target) -> tuple[int, int]:
     return min(((w, a) for w in weights for a in activations), key=lambda p: (target.costs.of_mac(*p), -p[0] - p[1]))
 
 
-def weight_storage(target: Target, bits: int) -> IntegerType:
-    """The storage of weights of this width: a width for weights alone uses all of it."""
+def weight_storage(
+    target: Target,
+    bits: int,
+    item: WeightFormat = WeightFormat.UNIFORM,
+    data: npt.NDArray[Any] | None = None,
+    axis: int | None = None,
+) -> IntegerType:
+    """The storage of weights of this width and format: a width for weights alone uses all of it.
+
+    A codebook is made for `data`, with a scale for each index of `axis` or one for all; see `scale_axis`. Which formats
+    a target has at a width says `target.weights.formats_of(bits)`. Raises QirError for a codebook without data, and for
+    a width that the format lacks.
+    """
+    match item:
+        case WeightFormat.POWER_OF_TWO:
+            return power_of_two_levels(bits)
+        case WeightFormat.CODEBOOK:
+            if data is None:
+                raise QirError("a codebook is made for weights; give their data")
+            return codebook(data, bits, axis, powers=target.weights.scales is Scales.POWER_OF_TWO)
     return integer(bits) if bits not in target.weights.bits else target.weights.storage(bits)
+
+
+def scale_axis(target: Target, op: Conv | MatMul) -> int | None:
+    """The axis of constant weights along which the target has scales of their own; None for one scale."""
+    rank = op.operands[1].type.rank
+    granularity = target.weights.conv if isinstance(op, Conv) else target.weights.matmul
+    if granularity is Granularity.PER_TENSOR or rank not in (2, 3, 4):
+        return None
+    return 0 if isinstance(op, Conv) else rank - 1
 
 
 def bias_storage(target: Target) -> IntegerType:

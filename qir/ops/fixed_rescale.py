@@ -26,6 +26,7 @@ from qir.fixed_point import (
 )
 from qir.interval import EVERYTHING, Bounds, Interval, exact
 from qir.ir import FIXED_ONLY, Graph, Op, OpBounds, Value
+from qir.levels import nearest_levels
 from qir.ops.accumulate import centered, centre, integer_operands
 from qir.ops.fixed_elementwise import narrowed, result_faults
 from qir.types import (
@@ -315,6 +316,7 @@ class Quantize(Op):
 def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding: Rounding) -> Tensor:
     """float32 reals as int64 integers of a quantized type, saturating; the division is in float32.
 
+    Of a type with levels the integers are those that `qir.levels.nearest_levels` gives.
     Raises QirError when the type is not quantized.
     """
     storage = storage_of(element)
@@ -332,6 +334,8 @@ def quantize_array(x: Tensor, element: ElementType, rule: QuantizeRule, rounding
                 scaled = fused_multiply_add(x, np.float32(1) / scale, zero)
                 scaled = np.where(np.isnan(scaled), zero.astype(np.float32), scaled)
                 zero = np.zeros_like(zero)
+    if storage.levels is not None:
+        return nearest_levels(scaled, storage.levels, rounding)
     return np.asarray(np.clip(quantize_reals(scaled, rounding) + zero, storage.lo, storage.hi))
 
 

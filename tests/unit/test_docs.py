@@ -5,6 +5,7 @@ Other Python blocks run as scripts, shell blocks with `qir` on the path; a text 
 prints.
 """
 
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ import pytest
 from qir.cost_tables import Costs
 from qir.demo import normalized
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
-from qir.target import Target
+from qir.target import Target, WeightFormat
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(?P<kind>\w+)(?: file=(?P<file>\S+))?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -181,7 +182,12 @@ def test_a_target_of_ones_own_takes_less_than_60_lines_to_read() -> None:
     assert len(first.splitlines()) < 60
 
 
-_WORDS: dict[str, type[StrEnum]] = {"Rounding": Rounding, "Overflow": Overflow, "Forms": RequantizeForm}
+_WORDS: dict[str, type[StrEnum]] = {
+    "Rounding": Rounding,
+    "Overflow": Overflow,
+    "Forms": RequantizeForm,
+    "Formats": WeightFormat,
+}
 #: Words that a field has by its type and not by its meaning: a contract that states them is refused.
 _REFUSED = {
     "product.bits": {"proved"},
@@ -208,8 +214,7 @@ def _kinds(hint: object) -> tuple[Any, ...]:
 def _default(item: Field[Any]) -> str:
     if item.default is MISSING:
         return "-" if item.default_factory is MISSING else "{}"
-    default = list(item.default) if isinstance(item.default, tuple) else item.default
-    return str(default).lower()
+    return json.dumps(item.default) if isinstance(item.default, tuple) else str(item.default).lower()
 
 
 def _accepted(path: str, values: str, hint: object) -> None:

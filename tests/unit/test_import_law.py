@@ -20,6 +20,7 @@ LAYERS = (
         "arrays",
         "types",
         "fixed_point",
+        "levels",
         "integer_functions",
         "integer_functions_16",
         "interval",

@@ -577,7 +577,25 @@ def test_without_a_default_the_cheapest_widths_are_taken_and_of_equals_the_wides
     assert default_widths(replace(free, costs=Costs(mac=costs))) == (8, 8)
 
 
-@pytest.mark.parametrize("text", ["", "fc", "fc:", ":8", "fc:8w", "fc:x8", "fc:w", "fc:123", "fc:-8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "fc",
+        "fc:",
+        ":8",
+        "fc:8w",
+        "fc:x8",
+        "fc:w",
+        "fc:123",
+        "fc:-8",
+        "fc:4/codebook",
+        "fc:a4/codebook",
+        "fc:w4/",
+        "fc:w4/ternary",
+        "fc:w/codebook",
+    ],
+)
 def test_an_override_of_another_form(text: str) -> None:
     with pytest.raises(PassError, match=r"is not of the form pattern:bits, pattern:w4 or pattern:a8"):
         AssignBitWidths(override=(text,))
@@ -592,6 +610,16 @@ def test_an_override_of_another_form(text: str) -> None:
         ("tensorrt", "fc:4", "override 'fc:4': tensorrt has activations of 8 bits, not 4"),
         ("tensorrt", "conv*:w4", "override 'conv*:w4' matches no result and no location of the graph"),
         ("fpga", "w:8", "override 'w:8' matches no result and no location of the graph"),
+        ("fpga", "fc:w17", "fpga has weights of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 bits, not 17"),
+        ("fpga", "fc:w6/power_of_two", "'fc:w6/power_of_two': fpga has power_of_two weights of 2, 3, 4, 5 bits, not 6"),
+        ("fpga", "fc:w7/codebook", "'fc:w7/codebook': fpga has codebook weights of 1, 2, 3, 4, 5, 6 bits, not 7"),
+        (
+            "arm-neon",
+            "fc:w4/codebook",
+            "override 'fc:w4/codebook': arm-neon has no codebook weights, only uniform; list codebook under its "
+            "weights.formats",
+        ),
+        ("tensorrt", "fc:w4/power_of_two", "'fc:w4/power_of_two': tensorrt has no power_of_two weights, only uniform"),
     ],
 )
 def test_an_override_that_the_target_or_the_graph_lacks(target: str, override: str, words: str) -> None:

@@ -26,9 +26,11 @@ from qir.target import (
     Scheme,
     SumRule,
     Target,
+    WeightFormat,
     Width,
 )
 from qir.target_file import parse_target
+from qir.types import BINARY, integer
 
 SHIPPED = sorted(shipped_backends())
 
@@ -123,6 +125,8 @@ PROMISES: dict[str, dict[str, Any]] = {
         "requantization.rounding": Rounding.FLOOR,  # AP_TRN
         "requantization.overflow": Overflow.WRAP,  # AP_WRAP
         "weights.scales": Scales.POWER_OF_TWO,
+        "weights.bits": tuple(range(1, 17)),
+        "weights.formats": tuple(WeightFormat),
         "floating_point": False,
     },
     "onnxruntime": {
@@ -207,6 +211,29 @@ def test_kinds_of_ops_without_a_formula_of_their_own_take_the_general_one() -> N
     assert requantization.of("conv") == Requantizer(RequantizeForm.REDUCED_16)
     assert requantization.of("mean").form is RequantizeForm.DOUBLE_ROUND
     assert {key for key, _ in requantization.each()} == {"", "conv.", "matmul."}
+
+
+def test_formats_of_weights_and_their_widths(here: Path) -> None:
+    weights = load_target("asic").weights
+    assert [weights.widths(item) for item in WeightFormat] == [tuple(range(1, 17)), (2, 3, 4, 5), (1, 2, 3, 4, 5, 6)]
+    assert weights.formats_of(4) == tuple(WeightFormat)
+    assert weights.formats_of(1) == (WeightFormat.UNIFORM, WeightFormat.CODEBOOK)
+    assert weights.formats_of(8) == (WeightFormat.UNIFORM,)
+    assert load_target("arm-neon").weights.formats_of(4) == ()
+    few = load(child("asic", "[weights]", "bits = [3, 8]", 'formats = ["uniform", "power_of_two"]')).weights
+    assert [few.formats_of(b) for b in (3, 4, 8)] == [
+        (WeightFormat.UNIFORM, WeightFormat.POWER_OF_TWO),
+        (),
+        (WeightFormat.UNIFORM,),
+    ]
+
+
+def test_symmetric_weights_of_1_bit_are_binary(here: Path) -> None:
+    assert load_target("fpga").weights.storage(1) == BINARY
+    assert load(child("fpga", "[weights]", "narrow_range = true")).weights.storage(1) == BINARY
+    lines = ["[weights]", "bits = [1, 8]", 'scheme = "affine"', "narrow_range = false"]
+    affine = load(child("arm-neon", *lines, "[costs.mac]", '"1x8" = 1')).weights
+    assert affine.storage(1) == integer(1)
 
 
 # Inheritance
@@ -479,12 +506,12 @@ CONTRADICTIONS: dict[str, tuple[str, str]] = {
         "activations.bits: a width of 2 leaves but the integer 0; allow a wider range",
     ),
     "nothing positive": (
-        case("fpga", "[weights]", "bits = [1, 2]  # here", "default = 2"),
-        "weights.bits: a width of 1 leaves nothing above zero; allow a wider range",
+        case("fpga", "[activations]", "bits = [1, 2]  # here", "default = 2"),
+        "activations.bits: a width of 1 leaves nothing above zero; allow a wider range",
     ),
     "default that is no width": (
         case("asic", "[weights]", "default = 17  # here"),
-        "weights.default: 17 is none of the widths [2, 3, ",
+        "weights.default: 17 is none of the widths [1, 2, 3, ",
     ),
     "zero points of powers of two": (
         case("fpga", "[activations]", 'scheme = "affine"  # here'),
@@ -493,6 +520,37 @@ CONTRADICTIONS: dict[str, tuple[str, str]] = {
     "unsigned weights": (
         case("arm-neon", "[weights]  # here", "signed = false", "narrow_range = false"),
         "weights.scheme: unsigned weights need a zero point; use scheme = affine",
+    ),
+    "no uniform weights": (
+        case("fpga", "[weights]", 'formats = ["codebook"]  # here'),
+        "weights.formats: uniform must be among them: weights have it where nothing asks for another",
+    ),
+    "levels with a zero point": (
+        case("arm-neon", "[weights]", 'scheme = "affine"', 'formats = ["uniform", "power_of_two"]  # here'),
+        "weights.formats: only uniform weights have zero points or leave a bit out; use scheme = symmetric without ",
+    ),
+    "levels with a bit left out": (
+        case("fpga", "[weights]  # here", "bits = [4, 8]", "reduce_range = true"),
+        "weights.formats: only uniform weights have zero points or leave a bit out; use scheme = symmetric without ",
+    ),
+    "binary weights with a bit left out": (
+        case("dsp16", "[weights]", "bits = [1, 16]  # here", "reduce_range = true"),
+        "weights.bits: a width of 1 leaves nothing above zero; allow a wider range",
+    ),
+    "an unknown format": (
+        case("fpga", "[weights]", 'formats = ["uniform", "ternary"]  # here'),
+        "weights.formats: 'ternary' is not one of uniform, power_of_two, codebook",
+    ),
+    "levels that are too wide for the costs": (
+        case(
+            "fpga",
+            "[weights]\nbits = [4]\ndefault = 4",
+            "[activations]\nbits = [4]\ndefault = 4",
+            "[costs.fabric.dsp]  # here",
+            '"8x8" = "none"',
+            '"16x16" = "none"',
+        ),
+        'costs.fabric.dsp: "8x4" is missing, the cost of levels of weights of 8 bits times activations of 4',
     ),
     "a proved product": (
         case("dsp16", "[product]", 'bits = "proved"  # here'),
