@@ -92,19 +92,28 @@ class AssignBitWidths(Pass):
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The same graph with a storage on every real value."""
         target = context.need_target(self.name)
-        overrides = self._matches(graph, target)
-        assigned, stored = _by_default(graph, target, overrides)
+        assigned, settled, count = self.by_default(graph, target)
         if not self.optimizes:
             weight_bits, activation_bits = default_widths(target)
+            values = sum(v.storage is not None for op in assigned.ops for v in op.results if not isinstance(op, Const))
             widths = f"activations {activation_bits} bits, weights {weight_bits}"
-            context.note(f"{stored} values: {widths}; {len(overrides)} ops overridden")
+            context.note(f"{values} values: {widths}; {count} ops overridden")
             return assigned
-        names = {kind: {op.results[0].name for op, chosen in overrides.items() if kind in chosen} for kind in "aw"}
-        settled = {r for op in assigned.ops if op.results[0].name in names["a"] for r in op.results}
-        settled |= {op.operands[1] for op in assigned.ops if op.results[0].name in names["w"] and len(op.operands) > 1}
         found = self._best(assigned, target, settled, context)
         context.note(_summary(found))
         return found.graph
+
+    def by_default(self, graph: Graph, target: Target) -> tuple[Graph, set[Value], int]:
+        """The graph with the default widths, but for what is overridden; those values; and how many ops that are.
+
+        Raises PassError for an override without a match, and for a width or a format that the chip lacks.
+        """
+        overrides = self._matches(graph, target)
+        assigned = _by_default(graph, target, overrides)
+        names = {kind: {op.results[0].name for op, chosen in overrides.items() if kind in chosen} for kind in "aw"}
+        settled = {r for op in assigned.ops if op.results[0].name in names["a"] for r in op.results}
+        settled |= {op.operands[1] for op in assigned.ops if op.results[0].name in names["w"] and len(op.operands) > 1}
+        return assigned, settled, len(overrides)
 
     def _best(self, graph: Graph, target: Target, settled: set[Value], context: PassContext) -> Assignment:
         quality, most_loss = parse_floor(self.floor) if self.floor else (quality_of(self.quality), None)
@@ -159,13 +168,12 @@ def _offered(target: Target, item: WeightFormat) -> tuple[str, tuple[int, ...]]:
     return "weights", (*widths, *(target.weight_only.bits if target.weight_only is not None else ()))
 
 
-def _by_default(graph: Graph, target: Target, overrides: _Overrides) -> tuple[Graph, int]:
-    """The graph with the default widths, but for the ops that are overridden, and how many results got one."""
+def _by_default(graph: Graph, target: Target, overrides: _Overrides) -> Graph:
+    """The graph with the default widths, but for the ops that are overridden."""
     weight_bits, activation_bits = default_widths(target)
     rewriter = Rewriter(graph)
     for value in graph.inputs:
         rewriter.keep_input(value, storage=target.activations.storage(activation_bits))
-    stored = 0
     for op in graph.ops:
         if isinstance(op, Const) and _only_parameters(graph, op.result):
             continue  # each reader gets a constant of its own
@@ -173,10 +181,8 @@ def _by_default(graph: Graph, target: Target, overrides: _Overrides) -> tuple[Gr
         if isinstance(op, Conv | MatMul):
             _own_constants(rewriter, op, target, *chosen.get("w", (weight_bits, WeightFormat.UNIFORM)))
         storage = target.activations.storage(chosen["a"][0] if "a" in chosen else activation_bits)
-        results = [_stored(r, storage) for r in op.results]
-        stored += sum(r.storage is not None for r in results)
-        rewriter.keep(op, results)
-    return rewriter.finish_graph(), stored
+        rewriter.keep(op, [_stored(r, storage) for r in op.results])
+    return rewriter.finish_graph()
 
 
 def _summary(found: Assignment) -> str:
@@ -186,7 +192,7 @@ def _summary(found: Assignment) -> str:
         counts = Counter(choice for decision, choice in found.choices if decision.kind is kind)
         listed = ", ".join(f"{count} of {choice} bits" for choice, count in counts.items())
         parts.append(f"{kind}: {listed}")
-    costs = ", ".join(f"{metric} {value:,.6g}" for metric, value in found.costs.items())
+    costs = ", ".join(f"{metric} {float(value):,.6g}" for metric, value in found.costs.items())
     return f"{'; '.join(parts)}; loss {found.loss:.4g} estimated, gap {found.gap:g}; {costs}"
 
 

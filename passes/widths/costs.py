@@ -107,17 +107,23 @@ def unit_of(metric: Metric, target: Target) -> Fraction:
     return 1 / Fraction(target.costs.clock)
 
 
-def value_of(metric: Metric, graph: Graph, target: Target, cost: GraphCost) -> float:
-    """What a graph has of a metric. Raises PassError where the target says nothing of it."""
+def value_of(metric: Metric, graph: Graph, target: Target, cost: GraphCost) -> Fraction:
+    """What a graph has of a metric, exactly. Raises PassError where the target says nothing of it."""
     if metric is Metric.WEIGHTS:
         weights = {v for op in graph.ops if op.macs() for v in op.operands[1:2] if v in graph.constants}
-        return sum(-(-value_bits(v) // 8) for v in weights)
+        return Fraction(sum(-(-value_bits(v) // 8) for v in weights))
     if metric is Metric.PEAK:
-        return cost.peak_bytes
-    found = _OF_LAYER[metric](cost.total)
+        return Fraction(cost.peak_bytes)
+    found = [_stated(metric, layer.cost, target) for layer in cost.layers]
+    return sum(map(Fraction, found), Fraction(0)) * unit_of(metric, target)
+
+
+def _stated(metric: Metric, cost: Cost, target: Target) -> float:
+    """What a layer has of a metric. Raises PassError where the target says nothing of it."""
+    found = _OF_LAYER[metric](cost)
     if found is None:
         raise PassError(f"{target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md")
-    return float(found * unit_of(metric, target))
+    return found
 
 
 class GraphCosts:
@@ -131,12 +137,18 @@ class GraphCosts:
         self._decision = {v: i for i, d in enumerate(decisions) for v in d.values}
         self._storages = [tuple(d.choices.values()) for d in decisions]
         self._weights = [v for d in decisions if d.kind is Kind.WEIGHTS for v in d.values]
+        self._known: dict[tuple[Metric, Homes], tuple[RealTotal, ...]] = {}
 
     def totals(self, metric: Metric, homes: Homes) -> tuple[RealTotal, ...]:
         """The totals whose largest is the metric, in units of `unit_of`, with data in these memories.
 
         Raises PassError where the target says nothing of it, and for a layer with too many joint choices.
         """
+        if (metric, homes) not in self._known:
+            self._known[metric, homes] = self._totals(metric, homes)
+        return self._known[metric, homes]
+
+    def _totals(self, metric: Metric, homes: Homes) -> tuple[RealTotal, ...]:
         if metric is Metric.PEAK:
             return tuple(self._bytes(values) for values in self._alive)
         if metric is Metric.WEIGHTS:
@@ -191,10 +203,7 @@ class GraphCosts:
         def cost(work: Work) -> float:
             if self._is_uncovered(work):
                 return 0  # and forbidden
-            found = _OF_LAYER[metric](layer_cost(work, self.target, homes))
-            if found is None:
-                raise PassError(f"{self.target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md")
-            return found
+            return _stated(metric, layer_cost(work, self.target, homes), self.target)
 
         return self._joint(ops, seen, cost)
 

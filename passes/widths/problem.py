@@ -52,7 +52,7 @@ class Assignment:
 
     choices: tuple[tuple[Decision, str], ...]
     loss: float
-    costs: Mapping[Metric, float]
+    costs: Mapping[Metric, Fraction]
     gap: float
     graph: Graph
 
@@ -97,19 +97,31 @@ class WidthProblem:
         if not text.relative:
             return Budget(text.metric, text.amount)
         own = value_of(text.metric, self.graph, self.target, graph_cost(self.graph, self.target))
-        return Budget(text.metric, Fraction(own) * text.amount)
+        return Budget(text.metric, own * text.amount)
 
     def assignment(self, chosen: Sequence[int], gap: float = 0.0) -> Assignment:
         """What these choices, one for each decision by its number, come to."""
         names = [tuple(d.choices)[c] for d, c in zip(self.decisions, chosen, strict=True)]
         storages = {v: d.choices[n] for d, n in zip(self.decisions, names, strict=True) for v in d.values}
         graph = with_storages(self.graph, storages)
-        cost, costs = graph_cost(graph, self.target), dict[Metric, float]()
+        cost, costs = graph_cost(graph, self.target), dict[Metric, Fraction]()
         for metric in Metric:
             if self.states(metric):
                 costs[metric] = value_of(metric, graph, self.target, cost)
         choices = tuple(zip(self.decisions, names, strict=True))
         return Assignment(choices, float(self.loss.of(chosen)), costs, gap, graph)
+
+    def most(self, metric: Metric) -> Fraction:
+        """What no choices take more of a metric than, wherever data lives."""
+        totals = [t for room in rooms(self.target) for t in self.costs.totals(metric, room.homes)]
+        return max(t.span[1] for t in totals) * unit_of(metric, self.target)
+
+    def exact(self, metric: Metric, chosen: Sequence[int]) -> Fraction:
+        """What choices, one for each decision by its number, take of a metric."""
+        if metric in PLACED:  # memories depend on the choices
+            return self.assignment(chosen).costs[metric]
+        totals = self.costs.totals(metric, rooms(self.target)[0].homes)
+        return max(t.of(chosen) for t in totals) * unit_of(metric, self.target)
 
     def states(self, metric: Metric) -> bool:
         """Whether the target states what a metric takes."""
@@ -187,7 +199,7 @@ class WidthProblem:
             assert least is not None
             value = least.costs[budget.metric]
             alone = alone and value <= budget.most
-            lines.append(f"{budget}: the least is {value:,.6g}")
+            lines.append(f"{budget}: the least is {float(value):,.6g}")
         if most_loss is not None:
             least = self._best((), None, None)
             assert least is not None
@@ -200,7 +212,7 @@ class WidthProblem:
                 others = [b for i, b in enumerate(budgets) if i != place]
                 least = self._best(others, budget.metric, most_loss)
                 if least is not None:
-                    lines[place] += f" alone, {least.costs[budget.metric]:,.6g} within the others"
+                    lines[place] += f" alone, {float(least.costs[budget.metric]):,.6g} within the others"
         return f"{head}; " + "; ".join(lines)
 
 
