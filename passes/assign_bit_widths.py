@@ -19,8 +19,8 @@ from qir.passes.select_q_formats import SelectQFormats
 from qir.passes.widths.budgets import metric_of, parse_budget, parse_floor
 from qir.passes.widths.decisions import Kind, Widths, decisions
 from qir.passes.widths.problem import Assignment, WidthProblem
-from qir.passes.widths.quality import SQNR, Quality, quality_of
-from qir.passes.widths.sensitivity import Analysis, Sensitivity, sensitivity_key
+from qir.passes.widths.quality import SQNR, quality_of
+from qir.passes.widths.sensitivity import Analysis, read_sensitivity
 from qir.passes.widths.storage import bias_storage, default_widths, scale_axis, weight_storage
 from qir.rewrite import Rewriter
 from qir.target import Target, WeightFormat
@@ -119,7 +119,8 @@ class AssignBitWidths(Pass):
         quality, most_loss = parse_floor(self.floor) if self.floor else (quality_of(self.quality), None)
         choices = decisions(graph, target, Widths(self.weights, self.activations), settled)
         if self.sensitivity:
-            losses = _read_sensitivity(Path(self.sensitivity), graph, target, quality)
+            losses = read_sensitivity(Path(self.sensitivity))
+            losses.check(graph, target, quality)
         else:
             analysis = Analysis(graph, target, choices, context.need_feeds(self.name), quality)
             losses = analysis.run(
@@ -194,23 +195,6 @@ def _summary(found: Assignment) -> str:
         parts.append(f"{kind}: {listed}")
     costs = ", ".join(f"{metric} {float(value):,.6g}" for metric, value in found.costs.items())
     return f"{'; '.join(parts)}; loss {found.loss:.4g} estimated, gap {found.gap:g}; {costs}"
-
-
-def _read_sensitivity(path: Path, graph: Graph, target: Target, quality: Quality) -> Sensitivity:
-    """The losses in a file. Raises PassError where they are of another graph, target or measure."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise PassError(f"cannot read {path}: {fault}") from fault
-    found = Sensitivity.from_json(text, str(path))
-    if found.quality != quality.name:
-        raise PassError(f"{path} holds losses by {found.quality}, not by {quality.name}; measure again or ask for that")
-    if found.key != sensitivity_key(graph, target):
-        raise PassError(
-            f"{path} was measured on another graph, calibration or contract (@{found.graph} on {found.target}); "
-            "measure again"
-        )
-    return found
 
 
 def _matches(op: Op, pattern: str) -> bool:

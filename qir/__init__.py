@@ -56,8 +56,11 @@ if TYPE_CHECKING:
     from qir.comparison.result import Comparison
     from qir.compiler import compile  # noqa: A004
     from qir.frontend.onnx_import import import_onnx
+    from qir.mixed_precision import Front, pareto, sensitivity
     from qir.passes.calibrate import observe
     from qir.passes.pipelines import default_pipeline, parse_pipeline
+    from qir.passes.widths.quality import Quality
+    from qir.passes.widths.sensitivity import Sensitivity
     from qir.program import Program, load
 
 __version__ = "0.1.0"
@@ -77,6 +80,7 @@ __all__ = [
     "Equivalence",
     "FixedPointType",
     "FloatType",
+    "Front",
     "Graph",
     "GraphBuilder",
     "Histogram",
@@ -93,10 +97,12 @@ __all__ = [
     "Pipeline",
     "Program",
     "QirError",
+    "Quality",
     "ResourceError",
     "RewriteError",
     "Rewriter",
     "RunError",
+    "Sensitivity",
     "Stage",
     "Target",
     "TargetError",
@@ -113,10 +119,12 @@ __all__ = [
     "load",
     "load_target",
     "observe",
+    "pareto",
     "parse",
     "parse_pipeline",
     "read_graph",
     "resources",
+    "sensitivity",
     "trace",
     "verify",
     "write_graph",
@@ -124,14 +132,19 @@ __all__ = [
 
 _LATE = {
     "Comparison": "qir.comparison.result",
+    "Front": "qir.mixed_precision",
     "Program": "qir.program",
+    "Quality": "qir.passes.widths.quality",
+    "Sensitivity": "qir.passes.widths.sensitivity",
     "compare": "qir.comparison.comparer",
     "compile": "qir.compiler",
     "default_pipeline": "qir.passes.pipelines",
     "import_onnx": "qir.frontend.onnx_import",
     "load": "qir.program",
     "observe": "qir.passes.calibrate",
+    "pareto": "qir.mixed_precision",
     "parse_pipeline": "qir.passes.pipelines",
+    "sensitivity": "qir.mixed_precision",
 }
 
 if not TYPE_CHECKING:  # a type checker must see that other names do not exist

@@ -13,11 +13,14 @@ from typing import Any
 
 import qir
 from qir.backend import find_backends, load_backend
+from qir.cli_input import SAMPLES, add_input_options, read_calibration, read_model
+from qir.cli_widths import add_width_commands, add_work_options, workers
 from qir.cost import graph_cost
-from qir.cost_report import cost_json, cost_text, draw_cost, format_of, parts_text
-from qir.errors import CalibrationError, QirError, TargetError
+from qir.cost_report import cost_json, cost_text, draw_cost, parts_text
+from qir.drawing import format_of
+from qir.errors import QirError, TargetError
 from qir.feeds import join_samples, read_npz, split_samples, write_npz
-from qir.ir import Graph, Stage
+from qir.ir import Stage
 from qir.pass_manager import Dump, Feeds, Instrument, PassContext, Progress, Timing
 from qir.report import constant_bytes, fields_text, pass_table, progress_bar, size_text
 from qir.serialization import whole_folder, write_bytes, write_graph
@@ -81,18 +84,19 @@ def _parser() -> argparse.ArgumentParser:
         "and fc*:w4/codebook for formats of weights, fc*:a16 for results; repeatable, the last match counts",
     )
     make.add_argument("--dump-ir", metavar="DIR", help="folder to write the graph to after every pass")
-    _add_input_options(make)
+    add_work_options(make)
+    add_input_options(make)
 
     opt = add("opt", _opt, "Run passes on a graph: text in, text out.")
     opt.add_argument("graph", help="a .qir text, or an .onnx file")
     opt.add_argument("--passes", required=True, metavar="STR", help='passes to run; "" only reads and verifies')
     opt.add_argument("--target", metavar="NAME", help="name of a target, or path of its .toml file")
     opt.add_argument("-o", "--output", metavar="FILE", help="write text and sidecar of large constants here")
-    _add_input_options(opt)
+    add_input_options(opt)
 
     run = add("run", _run, "Run a compiled program on samples.")
     run.add_argument("program", help="folder of the program")
-    run.add_argument("--inputs", required=True, metavar="FILE", help=f".npz file: {_SAMPLES}")
+    run.add_argument("--inputs", required=True, metavar="FILE", help=f".npz file: {SAMPLES}")
     run.add_argument("-o", "--output", required=True, metavar="FILE", help=".npz file to write the outputs to")
     run.add_argument("--integer", action="store_true", help="write the raw integers instead of the reals")
 
@@ -109,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=64, metavar="N", help="how many of them, the first ones (default: %(default)s)"
     )
     compare.add_argument("-o", "--output", metavar="FILE", help="write all numbers here too, as JSON")
-    _add_input_options(compare)
+    add_input_options(compare)
 
     plan = add("plan", _plan, "Show the buffers and the kernels chosen on this host.")
     plan.add_argument("program", help="folder of the program")
@@ -121,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("-o", "--output", metavar="FILE", help="write all numbers here too, as JSON")
     cost.add_argument("--plot", metavar="FILE", help="draw the layers: an .svg or .png file; needs matplotlib")
+
+    add_width_commands(add)
 
     targets = add("targets", _targets, "List the targets, or print the contract of one.")
     targets.add_argument("name", nargs="?", help="name of a target, or path of its .toml file")
@@ -138,55 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SAMPLES = (
-    "an array for each input name; its leading dimension counts samples, in whole batches where the batch is fixed"
-)
-
-
-def _add_input_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", metavar="FILE", help=f".npz file: {_SAMPLES}")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        type=_shape,
-        metavar="INPUT=SHAPE",
-        help="shape of an input that an ONNX model leaves open, such as x=1x3x48x192 or x=Nx3x48x192; repeatable",
-    )
-
-
 def _override(text: str) -> tuple[str, str]:
     pattern, _, bits = text.rpartition(":")
     if not pattern or not bits:
         raise argparse.ArgumentTypeError(f"expected PATTERN:BITS such as fc*:8 or fc*:w4, found {text!r}")
     return pattern, bits
-
-
-def _shape(text: str) -> tuple[str, list[int | str]]:
-    name, _, sizes = text.rpartition("=")
-    dims = sizes.split("x")
-    if not name or not all(d.isdecimal() or (d == "N" and not i) for i, d in enumerate(dims)):
-        raise argparse.ArgumentTypeError(f"expected INPUT=SHAPE such as x=1x3x48x192, found {text!r}")
-    return name, [d if d == "N" else int(d) for d in dims]
-
-
-def _read_model(path: str, shapes: Iterable[tuple[str, list[int | str]]]) -> Graph:
-    """A `.qir` text, or an ONNX model."""
-    given = dict(shapes)
-    if not path.endswith(".qir"):
-        return qir.import_onnx(path, shapes=given)
-    if given:
-        raise QirError(f"--shape is for ONNX models; the shapes of {path} stand in its text")
-    return qir.read_graph(path)
-
-
-def _read_calibration(path: str | None, graph: Graph) -> list[dict[str, Any]] | None:
-    if path is None:
-        return None
-    try:
-        return split_samples(graph.inputs, read_npz(path))
-    except QirError as fault:
-        raise CalibrationError(f"calibration data: {fault}") from fault
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -197,8 +159,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
-    graph = _read_model(arguments.model, arguments.shape)
-    calibration: Iterable[Feeds] | None = _read_calibration(arguments.calibration, graph)
+    graph = read_model(arguments.model, arguments.shape)
+    calibration: Iterable[Feeds] | None = read_calibration(arguments.calibration, graph)
     timing, output = Timing(), Path(arguments.output)
     if arguments.dump_ir:
         _need_apart(output, Path(arguments.dump_ir))
@@ -211,6 +173,7 @@ def _compile(arguments: argparse.Namespace) -> None:
             write_graph(graph, dumps / "00_import.qir")
             instruments.append(Dump(dumps))
         progress = stack.enter_context(progress_bar())
+        executor = stack.enter_context(workers(arguments))
         program = qir.compile(
             graph,
             arguments.target,
@@ -219,6 +182,8 @@ def _compile(arguments: argparse.Namespace) -> None:
             overrides=dict(arguments.override),
             instruments=instruments,
             progress=progress,
+            executor=executor,
+            cache=arguments.cache,
         )
         program.save(folder)
     print(pass_table(timing.records))
@@ -241,13 +206,13 @@ def _need_apart(output: Path, dumps: Path) -> None:
 
 
 def _opt(arguments: argparse.Namespace) -> None:
-    graph = _read_model(arguments.graph, arguments.shape)
+    graph = read_model(arguments.graph, arguments.shape)
     pipeline = qir.parse_pipeline(arguments.passes)
     target = qir.load_target(arguments.target) if arguments.target else None
     faults = find_faults(graph, claims=not pipeline)
     if faults:
         raise qir.VerifyError(faults, graph.name)
-    context = PassContext(target, _read_calibration(arguments.calibration, graph))
+    context = PassContext(target, read_calibration(arguments.calibration, graph))
     with progress_bar() as context.progress:
         graph = pipeline.run(graph, context)
     for found in context.diagnostics:
@@ -274,8 +239,8 @@ def _watched(feeds: Sequence[Mapping[str, Any]], name: str, progress: Progress) 
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    graph = _read_model(arguments.model, arguments.shape)
-    calibration = _read_calibration(arguments.calibration, graph)
+    graph = read_model(arguments.model, arguments.shape)
+    calibration = read_calibration(arguments.calibration, graph)
     inputs = split_samples(graph.inputs, read_npz(arguments.inputs)) if arguments.inputs else None
     targets = [name.strip() for name in arguments.targets.split(",")]
     with progress_bar() as progress:

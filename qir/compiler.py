@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def compile(
     overrides: Mapping[str, int | str] | None = None,
     instruments: Sequence[Instrument] = (),
     progress: Progress = no_progress,
+    executor: Executor | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Program:
     """The integer program of `graph` (a float graph, or the path of an ONNX file) on `target` (or its name or path).
 
@@ -46,7 +49,8 @@ def compile(
     contract = target if isinstance(target, Target) else load_target(_name_or_path(target))
     passes = _with_overrides(_pipeline(pipeline), overrides or {})
     verify(source)
-    context = PassContext(contract, calibration, progress)
+    folder = None if cache is None else Path(cache)
+    context = PassContext(contract, calibration, progress, executor=executor, cache=folder)
     fixed = passes.run(source, context, [Verifier(), *instruments])
     if fixed.stage is not Stage.FIXED:
         raise PassError(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from qir.cost import COMPUTE, OVERHEAD, Cost, GraphCost
-from qir.errors import QirError
+from qir.drawing import COLOURS, drawn, figure_of
 from qir.report import fields_text, size_text
 from qir.table import columns
 
-#: Formats of drawings, by the ends of file names.
-FORMATS: Final = (".svg", ".png")
 _NANO: Final = 1000.0  # pJ in a nJ
 _MICRO: Final = 1e6
 
@@ -31,8 +27,6 @@ _COLUMNS: Final[Sequence[tuple[str, Callable[[Cost], str]]]] = (
     ("BRAM", lambda c: _number(c.bram)),
 )
 _WORDS: Final = ("bound by",)  # columns that hold no numbers
-#: Colours that the colour-blind tell apart (Okabe and Ito), for computation, overhead and memories in order.
-_COLOURS: Final = ("#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 
 
 def cost_text(cost: GraphCost) -> str:
@@ -76,18 +70,13 @@ def draw_cost(cost: GraphCost, kind: str) -> bytes:
 
     Raises QirError where matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as fault:
-        raise QirError("drawings need matplotlib; install it, or qir with the extra 'plot'") from fault
     panels = _panels(cost)
     colours = _colours(cost)
     height = max(2.5, 0.25 * len(cost.layers) + 1.2)
-    figure = Figure(figsize=(4.5 * len(panels), height), layout="constrained")
+    figure = figure_of(4.5 * len(panels), height)
     figure.suptitle(f"{cost.graph} on {cost.target}")
     places = range(len(cost.layers))
-    bars = [colours.get(layer.cost.bound, _COLOURS[0]) for layer in cost.layers]
+    bars = [colours.get(layer.cost.bound, COLOURS[0]) for layer in cost.layers]
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(axes, panels, strict=True):
         axis.barh(places, values, color=bars)
@@ -99,18 +88,7 @@ def draw_cost(cost: GraphCost, kind: str) -> bytes:
 
         patches = [Patch(color=colour, label=f"bound by {name}") for name, colour in colours.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8)
-    made = io.BytesIO()
-    with rc_context({"svg.hashsalt": "qir"}):  # the same drawing is the same file
-        figure.savefig(made, format=kind.removeprefix("."), metadata={"Date": None} if kind == ".svg" else None)
-    return made.getvalue()
-
-
-def format_of(path: str | Path) -> str:
-    """The format of a drawing by its file name. Raises QirError for any other end."""
-    found = Path(path).suffix.lower()
-    if found not in FORMATS:
-        raise QirError(f"cannot draw {path}: the name must end in {' or '.join(FORMATS)}")
-    return found
+    return drawn(figure, kind)
 
 
 def _fields(cost: GraphCost) -> list[tuple[str, str]]:
@@ -150,11 +128,11 @@ def _panels(cost: GraphCost) -> list[tuple[str, list[float]]]:
 
 
 def _colours(cost: GraphCost) -> dict[str, str]:
-    """The colours of what bounds the layers."""
+    """The colours of what bounds the layers: computation, overhead and memories in order."""
     found = dict.fromkeys(layer.cost.bound for layer in cost.layers if layer.cost.bound)
     memories = [name for name in found if name not in (COMPUTE, OVERHEAD)]
     order = [COMPUTE, OVERHEAD, *memories]
-    return {name: _COLOURS[order.index(name) % len(_COLOURS)] for name in order if name in found}
+    return {name: COLOURS[order.index(name) % len(COLOURS)] for name in order if name in found}
 
 
 def _number(value: float | None) -> str:

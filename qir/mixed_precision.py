@@ -155,7 +155,9 @@ def pareto(
         raise PassError(f"a front has 2 points or more, not {points}")
     measure = quality if isinstance(quality, Quality) else quality_of(quality)
     setting = _Setting(graph, target, calibration, pipeline, weights, activations, progress)
-    if measured is None:
+    if measured is not None:
+        measured.check(setting.assigned, setting.target, measure)
+    else:
         folder = None if cache is None else Path(cache)
         analysis = setting.analysis(measure)
         measured = analysis.run(setting.typing, executor=executor, cache=folder, progress=progress)

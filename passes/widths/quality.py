@@ -79,10 +79,3 @@ def quality_of(name: str) -> Quality:
 def loss_of_floor(quality: Quality, floor: float) -> Fraction:
     """The most loss that a floor of quality leaves: dB of SQNR, nats of kl, else the loss itself."""
     return Fraction(10.0 ** (-floor / 10)) if quality is SQNR else Fraction(floor)
-
-
-def loss_text(quality: str, loss: float) -> str:
-    """A loss as people read it: `SQNR 31.4 dB`."""
-    if quality != SQNR.name:
-        return f"{quality} {loss:.4g}"
-    return f"SQNR {-10 * np.log10(loss):.1f} dB" if loss > 0 else "SQNR infinite"

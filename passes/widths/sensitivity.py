@@ -100,6 +100,18 @@ class Sensitivity:
         wanted = (decision.name, decision.kind, "")
         return {e.choice: e.loss for e in self.losses if (e.decision, e.kind, e.way) == wanted}
 
+    def check(self, graph: Graph, target: Target, quality: Quality) -> None:
+        """Raises PassError where the losses are of another graph, contract or measure."""
+        if self.quality != quality.name:
+            raise PassError(
+                f"the sensitivity holds losses by {self.quality}, not by {quality.name}; measure again, or ask for that"
+            )
+        if self.key != sensitivity_key(graph, target):
+            raise PassError(
+                f"the sensitivity was measured on @{self.graph} and {self.target} as they were, with another graph, "
+                "calibration or contract than this; measure again"
+            )
+
     @property
     def correlation(self) -> float:
         """Spearman's rank correlation of the losses with their estimates: 1 where they sort all choices alike.
@@ -126,6 +138,15 @@ class Sensitivity:
             return Sensitivity(**data, losses=losses)
         except (ValueError, TypeError, KeyError, AttributeError) as fault:
             raise QirError(f"{place} holds no sensitivity as qir writes it: {fault}") from fault
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """The sensitivity in a file. Raises QirError where it cannot be read or holds none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise QirError(f"cannot read {path}: {getattr(fault, 'strerror', None) or fault}") from fault
+    return Sensitivity.from_json(text, str(path))
 
 
 @dataclass(frozen=True)

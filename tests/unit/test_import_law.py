@@ -45,16 +45,16 @@ LAYERS = (
     ),
     ("probes", "equivalence", "counterexample", "certificate", "cost"),
     ("passes", "backends"),
-    ("program", "compiler", "comparison"),
+    ("program", "compiler", "comparison", "mixed_precision"),
     ("__init__", "testing"),
-    ("feeds", "report", "cost_report", "check", "demo", "cli"),
+    ("feeds", "report", "drawing", "cost_report", "width_report", "check", "demo", "cli_input", "cli_widths", "cli"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 STRANGERS = {"passes": "backends", "backends": "passes"}
 """Neighbours in one layer that do not know each other."""
 
-HOMES = {"numba": "qir.backends.kernels", "onnx": "qir.frontend"}
+HOMES = {"numba": "qir.backends.kernels", "onnx": "qir.frontend", "scipy": "qir.passes.widths"}
 """The only package that may import a given distribution."""
 
 LATE_ONLY = "networkx"
