@@ -310,6 +310,11 @@ class Graph:
 
     __hash__ = object.__hash__
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What other processes get: the fields, without what is worked out from them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Graph, tuple({**own, "attributes": dict(self.attributes)}.values())
+
     def __str__(self) -> str:
         from qir.printer import print_graph
 
