@@ -1,7 +1,7 @@
 """Widths of least loss within budgets, or of least cost within a loss: costs are those of `qir.cost`, losses add up.
 
 Real costs and losses become integers for the solver: exactly where few bits hold them, else a cost is rounded up to a
-millionth of its budget, so that no budget is ever exceeded, and an objective to the nearest 2**-24 of the best.
+millionth of its budget, so that no budget is ever exceeded, and an objective to the nearest 2**-20 of the best.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qir.target import Target
 #: The objective that is no metric of costs.
 LOSS: Final = "loss"
 _LIMIT_STEPS: Final = 1_000_000
-_COARSE_STEPS: Final = 1 << 20
-_FINE_STEPS: Final = 1 << 24
+_COARSE_STEPS: Final = 1 << 18
+_FINE_STEPS: Final = 1 << 20
 
 Losses = Sequence[Mapping[str, float]]
 

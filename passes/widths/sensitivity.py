@@ -12,6 +12,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -170,6 +171,20 @@ class Job:
 
 def measure(job: Job) -> list[tuple[float | None, float]]:
     """For each candidate its loss, None where it is not measured, and the error where it arises."""
+    with one_thread():
+        return _measure(job)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrix products by one thread: by several, which share the sums, their last bits depend on how many there are."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def _measure(job: Job) -> list[tuple[float | None, float]]:
     outputs: list[list[dict[str, Tensor]]] = [[] for _ in job.candidates]
     reference: list[dict[str, Tensor]] = []
     powers = np.zeros((len(job.candidates), 2))
@@ -270,7 +285,8 @@ class Analysis:
         jobs = list(self._jobs(passes, other_ways, proxy))
         if executor is not None and not isinstance(executor, ThreadPoolExecutor):
             self._check_sendable()
-        found = _run_jobs([job for _, job in jobs], executor, cache, progress)
+        with one_thread():  # around all jobs, because threads of this process share the limit
+            found = _run_jobs([job for _, job in jobs], executor, cache, progress)
         losses = [loss for (labels, _), result in zip(jobs, found, strict=True) for loss in _losses(labels, result)]
         samples = sum(next((len(p[v.name]) for v in self.graph.inputs if v.type.is_batched), 1) for p in self._parts)
         key = sensitivity_key(self.graph, self.target)

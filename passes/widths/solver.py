@@ -20,8 +20,9 @@ from qir.errors import PassError
 Ints = npt.NDArray[np.int64]
 
 #: The largest sum of a table's entries for which rows of the program stay well within the tolerances of HiGHS.
-MOST: Final = 1 << 26
+MOST: Final = 1 << 20
 _CUTS: Final = 1000
+_TOLERANCE: Final = 1e-6  # of HiGHS, to which its bounds hold
 _INFEASIBLE: Final = 2  # what scipy's milp gives as its status
 
 
@@ -137,15 +138,16 @@ class _Program:
             found = self._solve(totals, limits)
             if found is None:
                 return None
-            chosen, gap = found
+            chosen, bound = found
             if all(total.of(chosen) <= most for total, most in limits):
-                return chosen, gap
+                return chosen, _gap(max(total.of(chosen) for total in totals), bound)
             self.cuts.append(chosen)
         raise PassError("the solver finds no choice that keeps all budgets exactly; round the budgets")
 
     def _solve(
         self, totals: Sequence[Total], limits: Sequence[tuple[Total, int]]
     ) -> tuple[tuple[int, ...], float] | None:
+        """A choice within the solver's tolerance, and what it proves that no choice is below."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         singles, largest = int(self.starts[-1]), len(totals) > 1  # one more variable, the largest of the totals
@@ -177,7 +179,8 @@ class _Program:
         if found.status != 0 or found.x is None:
             raise PassError(f"HiGHS found no widths: {found.message}")
         parts = np.split(found.x[:singles], self.starts[1:-1])
-        return tuple(int(part.argmax()) for part in parts), float(found.mip_gap)
+        constant = 0 if largest else totals[0].constant
+        return tuple(int(part.argmax()) for part in parts), float(found.mip_dual_bound) + constant
 
     def _structure(self) -> tuple[list[dict[int, int]], list[float], list[float]]:
         """One choice for each decision, and joint choices that add up to the single ones."""
@@ -220,6 +223,12 @@ class _Program:
             for chosen, places in self._places(factor.scope, factor.table.shape):
                 if factor.table[chosen]:
                     yield from places
+
+
+def _gap(value: int, bound: float) -> float:
+    """How far an integer may be above the best, relative to it: not at all where no integer lies in between."""
+    above = value - bound
+    return above / max(abs(value), 1) if above >= 1 - _TOLERANCE else 0.0
 
 
 def _sparse(rows: Sequence[dict[int, int]], width: int) -> Any:

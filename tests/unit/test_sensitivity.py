@@ -1,0 +1,248 @@
+"""Sensitivity: losses by hand, the same wherever they are measured, a cache that keeps to its content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from distributed import Client, LocalCluster
+from models import PATHS, calibration_images
+
+import qir
+from qir.errors import PassError, QirError
+from qir.interpreter import interpret
+from qir.pass_manager import PassContext
+from qir.passes.assign_bit_widths import AssignBitWidths
+from qir.passes.widths.decisions import Kind
+from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, divergence, noise_to_signal
+from qir.passes.widths.sensitivity import Sensitivity
+
+GRAPH = """
+graph @small stage=float (%x: Nx2x3x3 x f32) {
+  %w = const {value=f32 2x2x1x1 [0.9, -0.4, 0.3, 0.8]} : 2x2x1x1 x f32
+  %a = Conv %x, %w {strides=[1, 1], pads=[0, 0, 0, 0], dilations=[1, 1], groups=1, clip=[0.0, inf]} : Nx2x3x3 x f32
+  %s = Add %a, %x : Nx2x3x3 x f32
+  %m = ReduceMean %s {axes=[2, 3], keepdims=false} : Nx2 x f32
+  %u = const {value=f32 2x3 [0.4, 0.9, -0.5, 0.3, 0.2, 0.7]} : 2x3 x f32
+  %c = const {value=f32 3 [0.5, -0.5, 0.25]} : 3 x f32
+  %y = MatMul %m, %u, %c : Nx3 x f32
+  return %y
+}
+"""
+WEIGHTS, ACTIVATIONS = ("8", "4", "2"), (8, 4)
+
+
+def feeds(*sizes: int) -> list[dict[str, npt.NDArray[Any]]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.uniform(-1, 2, (n, 2, 3, 3)).astype(np.float32)} for n in sizes]
+
+
+def measured(**options: Any) -> Sensitivity:
+    settings = {"weights": WEIGHTS, "activations": ACTIVATIONS, **options}
+    return qir.sensitivity(qir.parse(GRAPH), "asic", feeds(40, 3), **settings)
+
+
+@pytest.fixture(scope="module")
+def serial() -> Sensitivity:
+    return measured(other_ways=True)
+
+
+# What is measured
+
+
+def test_every_choice_of_every_decision_has_a_loss(serial: Sensitivity) -> None:
+    found = {(e.kind, e.decision, e.choice, e.way) for e in serial.losses}
+    weights = {(Kind.WEIGHTS, name, c, way) for name in "ay" for c in WEIGHTS for way in ("", "per_tensor")}
+    values = {(Kind.ACTIVATIONS, n, str(c), way) for n in "xasmy" for c in ACTIVATIONS for way in ("", "range")}
+    assert found == weights | values
+    assert len(serial.losses) == len(found)
+    assert serial.samples == 43
+
+
+@pytest.mark.parametrize(("name", "override"), [("a", "a:w2"), ("y", "y:w4")])
+def test_a_loss_is_that_of_the_graph_with_these_weights_alone_rounded(
+    serial: Sensitivity, name: str, override: str
+) -> None:
+    """Against the graph whose weights legalize rounds, its values in floating point."""
+    pipeline = qir.default_pipeline().replace("assign-bit-widths", AssignBitWidths(override=(override,)))
+    context = PassContext(qir.load_target("asic"), feeds(40, 3))
+    ranged = qir.default_pipeline().before("assign-bit-widths").run(qir.parse(GRAPH), context)
+    typed = pipeline.before("legalize").run(qir.parse(GRAPH), context)
+    fixed = pipeline.run(qir.parse(GRAPH), context)
+    layer = next(op for op in typed.ops if op.results[0].name == name)
+    element = layer.operands[1].type.element
+    integers = next(data for value, data in fixed.constants.items() if value.name == layer.operands[1].name).data
+    if integers.ndim == 4:
+        integers = integers.transpose(0, 3, 1, 2)
+    scales = np.ldexp(1.0, element.exponent.data)  # type: ignore[union-attr]
+    shape = [-1 if axis == element.axis else 1 for axis in range(integers.ndim)]  # type: ignore[union-attr]
+    real = (integers * scales.reshape(shape)).astype(np.float32)
+    text = GRAPH.replace(*_constant(layer.operands[1].name, real))
+    x = np.concatenate([f["x"] for f in feeds(40, 3)])
+    wanted, found = (interpret(g, {"x": x}) for g in (ranged, qir.parse(text)))
+    loss = next(
+        e.loss for e in serial.losses if (e.decision, e.kind, e.choice, e.way) == (name, Kind.WEIGHTS, override[-1], "")
+    )
+    # The bias is rounded to 20 bits besides, and float32 sums differ in their last digits.
+    assert loss == pytest.approx(noise_to_signal(wanted, found), rel=1e-3)
+
+
+def _constant(name: str, data: npt.NDArray[Any]) -> tuple[str, str]:
+    """The line of a constant in the text of the graph, and the same with other data."""
+    line = next(line for line in GRAPH.splitlines() if f"%{name} = const" in line)
+    numbers = ", ".join(map(str, data.reshape(-1).tolist()))
+    return line, f"{line[: line.index('[')]}[{numbers}]{line[line.index(']') + 1 :]}"
+
+
+def test_wider_is_never_worse_by_much_and_the_proxy_sorts_alike(serial: Sensitivity) -> None:
+    for name in ("a", "y"):
+        own = [e.loss for e in serial.losses if (e.decision, e.kind, e.way) == (name, Kind.WEIGHTS, "")]
+        assert own == sorted(own)
+        assert own[-1] > 10 * own[0]
+    assert serial.correlation > 0.9
+
+
+def test_the_middle_choice_is_measured_in_the_proxy_too(serial: Sensitivity) -> None:
+    proxy = measured(proxy=True, other_ways=True)
+    for full, cheap in zip(serial.losses, proxy.losses, strict=True):
+        assert (full.error, full.estimate) == (cheap.error, cheap.estimate)
+        assert cheap.loss == cheap.estimate
+        if full.choice == "4":  # the middle of three, and of two the second
+            assert cheap.loss == pytest.approx(full.loss, rel=1e-12)
+
+
+# The same wherever it is measured
+
+
+def process_pool() -> Executor:
+    return ProcessPoolExecutor(2, get_context("spawn"))
+
+
+@pytest.mark.parametrize("pool", [process_pool, partial(ThreadPoolExecutor, 3)], ids=["processes", "threads"])
+def test_other_executors_give_the_bits_of_the_serial_run(serial: Sensitivity, pool: Any) -> None:
+    with pool() as executor:
+        assert measured(other_ways=True, executor=executor) == serial
+
+
+@pytest.fixture
+def cluster() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as local,
+        Client(local) as client,
+    ):
+        yield client
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Sending large graph")
+def test_a_dask_cluster_gives_the_bits_of_the_serial_run(serial: Sensitivity, cluster: Client) -> None:
+    assert measured(other_ways=True, executor=cluster.get_executor()) == serial
+
+
+def test_a_real_model_over_two_processes_gives_the_bits_of_the_serial_run() -> None:
+    graph, data = qir.import_onnx(PATHS["fm_cnn"]), [{"x": calibration_images()[:48]}]
+    options: dict[str, Any] = {"weights": ("8", "3"), "activations": (8,), "quality": KL}
+    alone = qir.sensitivity(graph, "asic", data, **options)
+    with process_pool() as executor:
+        assert qir.sensitivity(graph, "asic", data, executor=executor, **options) == alone
+
+
+# The cache
+
+
+def counting(calls: list[int], reference: Outputs, outputs: Outputs) -> float:
+    calls.append(1)
+    return noise_to_signal(reference, outputs)
+
+
+def test_the_cache_knows_what_was_measured_by_content(tmp_path: Path, serial: Sensitivity) -> None:
+    calls: list[int] = []
+    quality = Quality("mine", partial(counting, calls))
+    first = measured(quality=quality, cache=tmp_path)
+    assert len(calls) == len(first.losses)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 7  # a file for each decision
+    assert measured(quality=quality, cache=tmp_path) == first
+    assert len(calls) == len(first.losses)
+    again = measured(quality=quality, cache=tmp_path, weights=("8", "4"))
+    assert len(calls) == len(first.losses) + 4  # other choices of the two layers' weights are other jobs
+    assert {e.choice for e in again.losses if e.kind is Kind.WEIGHTS} == {"8", "4"}
+
+
+def test_other_data_or_another_graph_are_not_in_the_cache(tmp_path: Path) -> None:
+    measured(cache=tmp_path)
+    count = len(list(tmp_path.iterdir()))
+    settings: dict[str, Any] = {"weights": WEIGHTS, "activations": ACTIVATIONS, "cache": tmp_path}
+    qir.sensitivity(qir.parse(GRAPH), "asic", feeds(39, 3), **settings)
+    assert len(list(tmp_path.iterdir())) == 2 * count
+    qir.sensitivity(qir.parse(GRAPH.replace("0.25]", "0.125]")), "asic", feeds(40, 3), **settings)
+    assert len(list(tmp_path.iterdir())) == 3 * count
+
+
+def test_a_broken_file_of_the_cache_is_named(tmp_path: Path) -> None:
+    measured(cache=tmp_path)
+    file = min(tmp_path.iterdir())
+    file.write_text("[[1.0", encoding="utf-8")
+    with pytest.raises(QirError, match=rf"cannot read .*{file.name}.*remove the file"):
+        measured(cache=tmp_path)
+
+
+# Measures of loss
+
+
+def test_noise_to_signal_by_hand() -> None:
+    assert noise_to_signal({"y": np.array([3.0, 4.0])}, {"y": np.array([3.0, 4.5])}) == 0.01
+    assert noise_to_signal({"y": np.zeros(2)}, {"y": np.zeros(2)}) == 0
+    assert noise_to_signal({"y": np.zeros(2)}, {"y": np.ones(2)}) == 1
+
+
+def test_divergence_by_hand_of_logits_and_of_probabilities() -> None:
+    p, q = np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)
+    assert divergence({"y": p}, {"y": q}) == pytest.approx(expected, rel=1e-12)
+    assert divergence({"y": np.log(p) + 7}, {"y": np.log(q) - 2}) == pytest.approx(expected, rel=1e-12)
+    assert divergence({"y": p}, {"y": p}) == 0
+    with pytest.raises(PassError, match="use sqnr"):
+        divergence({"y": np.array(1.0)}, {"y": np.array(1.0)})
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": "psnr"}, "unknown quality 'psnr'; there are: sqnr, kl"),
+        ({"weights": ("8", "5/codeboook")}, "asic has weights of .* bits, not 5/codeboook; choose from these"),
+        ({"activations": (32,)}, "asic has activations of .* bits, not 32"),
+        ({"pipeline": "calibrate,legalize"}, "no pass 'assign-bit-widths'"),
+    ],
+)
+def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        measured(**options)
+
+
+def test_no_samples_and_a_measure_that_cannot_travel_are_said() -> None:
+    with pytest.raises(QirError, match="calibration data"):
+        qir.sensitivity(qir.parse(GRAPH), "asic", [])
+    with (
+        process_pool() as executor,
+        pytest.raises(PassError, match=r"'local' cannot be sent .* at the top of a module"),
+    ):
+        measured(quality=Quality("local", lambda reference, outputs: 0.0), executor=executor)
+
+
+def test_json_gives_all_of_it_back(serial: Sensitivity) -> None:
+    assert Sensitivity.from_json(serial.to_json(), "x") == serial
+    for text in ("[]", "{}", "nonsense", json.dumps({"losses": [{"kind": "neither"}]})):
+        with pytest.raises(QirError, match=r"here\.json holds no sensitivity as qir writes it"):
+            Sensitivity.from_json(text, "here.json")
+    assert SQNR.name == serial.quality
