@@ -1,7 +1,7 @@
 """Widths of least loss within budgets, or of least cost within a loss: costs are those of `qir.cost`, losses add up.
 
-Real costs and losses become integers for the solver: exactly where few bits hold them, else a cost is rounded up to a
-millionth of its budget, so that no budget is ever exceeded, and an objective to the nearest 2**-20 of the best.
+Real costs and losses become integers for the solver: exactly where few bits hold them, else in steps of a millionth of
+what a budget leaves, with the last word to the exact costs, and of 2**-20 of the best objective.
 """
 
 from __future__ import annotations
@@ -183,12 +183,16 @@ class WidthProblem:
         sizes = tuple(len(d.choices) for d in self.decisions)
         forbidden = tuple(Factor(f.scope, f.table.astype(np.int64)) for f in self.costs.forbidden())
         kept = tuple(scaled_limit(total, most) for total, most in limits)
-        start = solve(Problem(sizes, (tuple(_scaled(objectives[0], None)),), kept, forbidden))
+
+        def accepts(chosen: Sequence[int]) -> bool:
+            return all(total.of(chosen) <= most for total, most in limits)
+
+        start = solve(Problem(sizes, (tuple(_scaled(objectives[0], None)),), kept, forbidden, accepts))
         if start is None:
             return None
         first = tuple(_scaled(objectives[0], max(t.of(start.chosen) for t in objectives[0])))
         rest = tuple(tuple(_scaled(o, None)) for o in objectives[1:])
-        solution = solve(Problem(sizes, (first, *rest), kept, forbidden)) or start
+        solution = solve(Problem(sizes, (first, *rest), kept, forbidden, accepts)) or start
         return tuple(max(t.of(solution.chosen) for t in o) for o in objectives), solution
 
     def _attainable(self, budgets: Sequence[Budget], most_loss: Fraction | None) -> str:
@@ -217,7 +221,7 @@ class WidthProblem:
 
 
 def scaled_limit(total: RealTotal, most: Fraction) -> tuple[Total, int]:
-    """A limit in integers: exact where they are small, else rounded up to a millionth of what the limit leaves."""
+    """A limit in integers: exact where they are small, else rounded down to a millionth of what the limit leaves."""
     low, high = total.span
     unit = _exact_unit(total)
     if unit is None or (high - low) / unit > MOST:
@@ -228,7 +232,7 @@ def scaled_limit(total: RealTotal, most: Fraction) -> tuple[Total, int]:
     limit = math.floor((most - low) / unit)
     factors = []
     for factor in total.factors:
-        entries = [math.ceil((e - factor.table.min()) / unit) for e in factor.table.reshape(-1)]
+        entries = [math.floor((e - factor.table.min()) / unit) for e in factor.table.reshape(-1)]
         table = np.minimum(np.array(entries, object), max(limit, 0) + 1).astype(np.int64)
         factors.append(Factor(factor.scope, table.reshape(factor.table.shape)))
     return Total(tuple(factors)), limit

@@ -8,7 +8,7 @@ checked exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,13 +52,14 @@ class Problem:
 
     Each objective is the largest of its totals; the first is minimized, then the next among what is best by those
     before. `limits` are totals and the most that they may be; `forbidden` are factors whose entries other than 0 are
-    no possible choices together.
+    no possible choices together. `accepts` has the last word, where limits are but a little wider than what is meant.
     """
 
     sizes: tuple[int, ...]
     objectives: tuple[tuple[Total, ...], ...]
     limits: tuple[tuple[Total, int], ...] = ()
     forbidden: tuple[Factor, ...] = ()
+    accepts: Callable[[Sequence[int]], bool] = lambda chosen: True
 
     def values(self, chosen: Sequence[int]) -> tuple[int, ...]:
         """The objectives of a choice."""
@@ -66,9 +67,9 @@ class Problem:
 
     def allows(self, chosen: Sequence[int]) -> bool:
         """Whether a choice keeps all limits and holds nothing forbidden."""
-        return all(total.of(chosen) <= most for total, most in self.limits) and not any(
-            f.table[tuple(chosen[d] for d in f.scope)] for f in self.forbidden
-        )
+        kept = all(total.of(chosen) <= most for total, most in self.limits)
+        possible = not any(f.table[tuple(chosen[d] for d in f.scope)] for f in self.forbidden)
+        return kept and possible and self.accepts(chosen)
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def solve(problem: Problem) -> Solution | None:
 class _Program:
     """The variables: one for each choice of each decision, 0 or 1, and one for each joint choice of a scope.
 
-    Joint ones add up to the single ones, so that they are 0 or 1 where those are. What is over decides nothing else
-    and is left out: a scope within another has no variables of its own.
+    Joint ones add up to the single ones, so that they are 0 or 1 where those are; HiGHS is told so all the same, for
+    with continuous variables it repairs solutions without end. A scope within another has no variables of its own.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -131,15 +132,16 @@ class _Program:
     def minimize(
         self, totals: Sequence[Total], limits: Sequence[tuple[Total, int]]
     ) -> tuple[tuple[int, ...], float] | None:
-        """A choice whose largest total is least, and the relative gap; exact in the limits, by cutting off what is
-        within the solver's tolerance only.
+        """A choice whose largest total is least, and the relative gap.
+
+        Exact in the limits: what keeps them within the solver's tolerance only, or is not accepted, is cut off.
         """
         for _ in range(_CUTS):
             found = self._solve(totals, limits)
             if found is None:
                 return None
             chosen, bound = found
-            if all(total.of(chosen) <= most for total, most in limits):
+            if all(total.of(chosen) <= most for total, most in limits) and self.problem.accepts(chosen):
                 return chosen, _gap(max(total.of(chosen) for total in totals), bound)
             self.cuts.append(chosen)
         raise PassError("the solver finds no choice that keeps all budgets exactly; round the budgets")
@@ -150,7 +152,7 @@ class _Program:
         """A choice within the solver's tolerance, and what it proves that no choice is below."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        singles, largest = int(self.starts[-1]), len(totals) > 1  # one more variable, the largest of the totals
+        largest = len(totals) > 1  # one more variable, the largest of the totals
         width = self.count + largest
         rows, lows, highs = self._structure()
         above = [(self._row(total), most - total.constant) for total, most in limits]
@@ -170,7 +172,7 @@ class _Program:
         found = milp(
             cost,
             constraints=[LinearConstraint(_sparse(rows, width), lows, highs)],
-            integrality=np.arange(width) < singles,
+            integrality=np.arange(width) < self.count,
             bounds=Bounds(lower, upper),
             options={"mip_rel_gap": 0},
         )
@@ -178,7 +180,7 @@ class _Program:
             return None
         if found.status != 0 or found.x is None:
             raise PassError(f"HiGHS found no widths: {found.message}")
-        parts = np.split(found.x[:singles], self.starts[1:-1])
+        parts = np.split(found.x[: self.starts[-1]], self.starts[1:-1])
         constant = 0 if largest else totals[0].constant
         return tuple(int(part.argmax()) for part in parts), float(found.mip_dual_bound) + constant
 

@@ -262,10 +262,12 @@ def test_widths_of_graphs_are_those_of_brute_force(network: Graph, target: Targe
     assert best.gap == 0
     most_loss = losses_of[data.draw(st.sampled_from(kept))]
     least = problem.best((), metrics[0], most_loss)
-    assert least.costs[metrics[0]] == min(
-        c[metrics[0]] for c, own in zip(costs, losses_of, strict=True) if own <= most_loss
-    )
+    least_cost = min(c[metrics[0]] for c, own in zip(costs, losses_of, strict=True) if own <= most_loss)
     assert Fraction(least.loss) <= most_loss
+    if metrics[0] in (Metric.LATENCY, Metric.ENERGY):  # whose steps are 2**-20 of the best, for each of few layers
+        assert least_cost <= least.costs[metrics[0]] <= least_cost * (1 + Fraction(1, 100_000))
+    else:
+        assert least.costs[metrics[0]] == least_cost
 
 
 def test_all_metrics_of_a_fabric_are_held_to_and_rooms_are_several() -> None:
