@@ -30,7 +30,8 @@ Fits = Callable[[Weights], npt.NDArray[np.bool_]]
 def narrow(site: Site) -> Replacement | None:
     """The op with narrower weights where they must be; None where they are not constant, or nothing fits.
 
-    Weights of levels have none, as what is left of them need be no level. Of the two ways, the one that changes weights less in the L2 norm. Channels that fit keep theirs.
+    Levels are not narrowed, as what is left of them need not be one. Of the two ways, the one that changes weights less
+    in the L2 norm. Channels that fit keep theirs.
     """
     op, array = site.op, site.constant(1) if len(site.op.operands) > 1 else None
     if array is None or not isinstance(op, Conv2d | FixedMatMul) or not has_zero(op.operands[1]):
