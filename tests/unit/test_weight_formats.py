@@ -146,14 +146,17 @@ def weight_bytes(program: Program, build: Path) -> int:
 @pytest.mark.parametrize("name", ["fm_cnn", "fm_mlp"])
 def test_weights_of_4_bits_take_half_the_bytes_of_8(name: str, target: str, tmp_path: Path) -> None:
     pictures, _ = labelled_images()
-    sizes = {}
+    sizes, whole = {}, {}
     for width in ("w8", "w4", "w4/power_of_two", "w4/codebook", "w2", "w1"):
         program = qir.compile(str(PATHS[name]), target, [{"x": pictures[:8]}], overrides={"*": width})
         program.save(tmp_path / width)
         sizes[width] = weight_bytes(program, tmp_path / width)
+        whole[width] = (tmp_path / width / "weights.safetensors").stat().st_size
     assert sizes["w8"] > 10_000
     for width, most in (("w4", 0.55), ("w4/power_of_two", 0.55), ("w4/codebook", 0.55), ("w2", 0.3), ("w1", 0.15)):
         assert sizes[width] <= most * sizes["w8"], width
+        assert whole[width] <= (most + 0.02) * whole["w8"], width  # biases and names too
+    assert max(whole["w4"], whole["w4/power_of_two"], whole["w4/codebook"]) <= 0.55 * whole["w8"]
 
 
 # What is chosen, and what is refused
