@@ -487,7 +487,10 @@ class _Parser:
         else:
             packing = self.integer_type()
             dtype = packing.dtype
-        shape = tuple(int(d) for d in self.shape()) if self.token.kind in ("shape", "number") else ()
+        at, dims = self.token, self.shape() if self.token.kind in ("shape", "number") else ()
+        shape = tuple(d for d in dims if d != BATCH)
+        if len(shape) < len(dims):
+            self.fail(f"a resource has no open dimension, found '{at.text}'", at)
         self.expect("sha256")
         self.expect("=")
         string = self.take("string", "a hash in quotes")
@@ -498,9 +501,11 @@ class _Parser:
             return name, f"{where} is not in the sidecar; read the text together with the sidecar written beside it"
         if packing is not None and (array.data.dtype, array.shape) != (dtype, shape):
             try:
-                array = Array(unpack_integers(array.data, shape, packing), name)
+                unpacked = unpack_integers(array.data, shape, packing)
             except QirError as fault:
                 raise ResourceError(f"{where}: the sidecar does not hold it as {packing}: {fault}") from fault
+            unpacked.setflags(write=False)  # nobody else holds it, so that Array need not copy it
+            array = Array(unpacked, name)
         if array.sha256 != stated or array.shape != shape or array.data.dtype != dtype:
             raise ResourceError(
                 f"{where}: the sidecar's array has hash {array.sha256[:12]}..., the text states {stated[:12]}...; "

@@ -178,6 +178,7 @@ MALFORMED = [
     ("\n}\n", "\n} §}\n", "expected the end of the text, found '}'"),
     ("\n}\n", "\n}\nresources {@w : s8 2 §[1]}", "expected 'sha256', found '['"),
     ("\n}\n", "\n}\nresources {@w : §t9}", "expected an element type such as f32, s8 or u4, found 't9'"),
+    ("\n}\n", "\n}\nresources {@w : s9 §Nx3}", "a resource has no open dimension, found 'Nx3'"),
     ("\n}\n", "\n}\nresources {@w : §s9{1}}", "an integer type has 2 to 64 levels, not 1"),
     (": 2x1 x s8", ": 2x1 x §s8{}", "an integer type has 2 to 64 levels, not 0"),
     (": 2x1 x s8", ": 2x1 x §s8{2, 1}", "levels ascend, and [2, 1] do not"),

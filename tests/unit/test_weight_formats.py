@@ -346,3 +346,12 @@ def test_programs_say_in_their_text_what_their_weights_are() -> None:
     text = print_graph(compiled("fpga", "w3/power_of_two").graph)
     assert re.search(r"%w = const \{value=@w\} : 6x3x3x3 x s4\{-4, -2, -1, 0, 1, 2, 4\}<2\^\[", text)
     assert "\n  @w : s4{-4, -2, -1, 0, 1, 2, 4} 6x3x3x3 sha256=" in text
+
+
+def test_signs_of_one_kind_are_no_zeros() -> None:
+    graph = qir.import_onnx(
+        model("g (float[N, 3] x) => (float[N, 2] y) { y = MatMul(x, w) }", w=np.ones((3, 2), np.float32))
+    )
+    context = PassContext(load_target("fpga"), [{"x": random(8, 3)}])
+    qir.default_pipeline().replace("assign-bit-widths", AssignBitWidths(override=("y:w1",))).run(graph, context)
+    assert context.diagnostics == []
