@@ -117,7 +117,7 @@ def default_widths(target: Target) -> tuple[int, int]:
 def weight_storage(
     target: Target,
     bits: int,
-    item: WeightFormat = WeightFormat.UNIFORM,
+    format: WeightFormat = WeightFormat.UNIFORM,
     data: npt.NDArray[Any] | None = None,
     axis: int | None = None,
 ) -> IntegerType:
@@ -127,7 +127,7 @@ def weight_storage(
     a target has at a width says `target.weights.formats_of(bits)`. Raises QirError for a codebook without data, and for
     a width that the format lacks.
     """
-    match item:
+    match format:
         case WeightFormat.POWER_OF_TWO:
             return power_of_two_levels(bits)
         case WeightFormat.CODEBOOK:
@@ -166,7 +166,9 @@ def _only_parameters(graph: Graph, value: Value) -> bool:
     return bool(users) and all(isinstance(u, Conv | MatMul) and u.operands[0] is not value for u in users)
 
 
-def _own_constants(rewriter: Rewriter, op: Conv | MatMul, target: Target, weight_bits: int, item: WeightFormat) -> None:
+def _own_constants(
+    rewriter: Rewriter, op: Conv | MatMul, target: Target, weight_bits: int, format: WeightFormat
+) -> None:
     """Give the op constants of its own as weights and bias: their types follow from this op and no other."""
     weight, bias = op.operands[1], op.optional_operand(2)
     for old in (weight, bias):
@@ -175,7 +177,7 @@ def _own_constants(rewriter: Rewriter, op: Conv | MatMul, target: Target, weight
             continue
         storage = bias_storage(target)
         if old is weight:
-            storage = weight_storage(target, weight_bits, item, data.data, scale_axis(target, op))
+            storage = weight_storage(target, weight_bits, format, data.data, scale_axis(target, op))
         if _only_parameters(rewriter.graph, old):
             rewriter.claim(old)
         owned = replace(old, name=rewriter.fresh(old.name), storage=storage)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from certified import certificate, faults_of
+from contract_files import child
 from models import PATHS, labelled_images
 from onnx_models import model, random
 from property.fixed_graphs import proved
@@ -37,8 +38,8 @@ from qir.passes.repairs.ladder import Repair
 from qir.printer import print_graph, resources
 from qir.program import Program, load
 from qir.report import constant_bytes
-from qir.target import WeightFormat
-from qir.types import BINARY, IntegerType, integer, of_levels, storage_of
+from qir.target import Target, WeightFormat
+from qir.types import BINARY, AffineType, IntegerType, integer, of_levels, storage_of
 
 Tensor = npt.NDArray[Any]
 
@@ -116,6 +117,32 @@ def test_kernels_equal_the_interpreter_from_files_too(
     assert again.graph == graph
     np.testing.assert_array_equal(again.run_integer(feeds)["y"], wanted, strict=True)
     assert faults_of(graph, certificate(graph)) == []
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Target:
+    """A chip with scales of any size, zero points of activations, and weights of few bits."""
+    pairs = [f'"{bits}x8" = 1' for bits in (1, 2, 4)]
+    lines = ["[weights]", "bits = [1, 2, 4, 8]", "default = 8", 'formats = ["uniform", "power_of_two", "codebook"]']
+    (tmp_path / "cpu.toml").write_text(child("arm-neon", *lines, "[costs.mac]", *pairs))
+    return load_target(tmp_path / "cpu.toml")
+
+
+@pytest.mark.parametrize(
+    "width", ["w1", "w2", "w4", "w2/power_of_two", "w4/power_of_two", "w1/codebook", "w4/codebook"]
+)
+def test_scales_of_any_size(width: str, cpu: Target) -> None:
+    program = qir.compile(float_graph(), cpu, [{"x": random(32, 3, 6, 5)}], overrides={"*": width})
+    feeds = inputs(program)
+    np.testing.assert_array_equal(program.run_integer(feeds)["y"], interpret(program.graph, feeds)["y"], strict=True)
+    kind = program.graph.value("w").type.element
+    assert isinstance(kind, AffineType)
+    assert kind.axis == 0
+    if width == "w1":
+        data = float_graph().constants[float_graph().value("w")].data
+        means = np.abs(data.astype(np.float64)).mean(axis=(1, 2, 3))
+        means[2] = np.delete(means, 2).min() / 256  # of zeros
+        np.testing.assert_array_equal(kind.scale.data, means.astype(np.float32))
 
 
 @pytest.mark.parametrize(("bits", "item"), FORMATS)
