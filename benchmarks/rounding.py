@@ -31,9 +31,9 @@ _METHODS: Final = {
 
 
 def rows(
-    name: str, target: str, widths: list[int], count: int, progress: Progress
-) -> Iterator[tuple[int, list[float]]]:
-    """For each width of weights, the accuracy by each method on so many images."""
+    name: str, target: str, widths: list[str], count: int, progress: Progress
+) -> Iterator[tuple[str, list[float]]]:
+    """For each width of weights, with a format or without, the accuracy by each method on so many images."""
     images, labels = (a[:count] for a in models.labelled_images())
     graph, calibration = qir.import_onnx(models.PATHS[name]), [{"x": calibration_images()}]
     for bits in widths:
@@ -52,7 +52,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(models.PATHS), default=["fm_cnn", "fm_mobile"])
     parser.add_argument("--target", default="asic", help="one whose weights take these widths")
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4, 3, 2])
+    formats = [f"{bits}/{item}" for item in ("power_of_two", "codebook") for bits in (4, 3, 2)]
+    parser.add_argument(
+        "--bits", nargs="+", default=[*"864321", *formats], help="widths, such as 4, and formats, such as 4/codebook"
+    )
     parser.add_argument("--images", type=int, default=10_000, help="how many of the 10,000 test images (all)")
     arguments = parser.parse_args()
     for name in arguments.models:

@@ -211,7 +211,9 @@ def _only_parameters(graph: Graph, value: Value) -> bool:
     return bool(users) and all(isinstance(u, Conv | MatMul) and u.operands[0] is not value for u in users)
 
 
-def _own_constants(rewriter: Rewriter, op: Conv | MatMul, target: Target, weight_bits: int, item: WeightFormat) -> None:
+def _own_constants(
+    rewriter: Rewriter, op: Conv | MatMul, target: Target, weight_bits: int, format: WeightFormat
+) -> None:
     """Give the op constants of its own as weights and bias: their types follow from this op and no other."""
     weight, bias = op.operands[1], op.optional_operand(2)
     for old in (weight, bias):
@@ -220,7 +222,7 @@ def _own_constants(rewriter: Rewriter, op: Conv | MatMul, target: Target, weight
             continue
         storage = bias_storage(target)
         if old is weight:
-            storage = weight_storage(target, weight_bits, item, data.data, scale_axis(target, op))
+            storage = weight_storage(target, weight_bits, format, data.data, scale_axis(target, op))
         if _only_parameters(rewriter.graph, old):
             rewriter.claim(old)
         owned = replace(old, name=rewriter.fresh(old.name), storage=storage)

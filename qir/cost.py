@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 from types import MappingProxyType
 from typing import Any, Final
 
-from qir.cost_tables import FLOAT_BITS, Costs, Fabric
+from qir.cost_tables import FLOAT_BITS, CostRule, Costs, Fabric
 from qir.errors import QirError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.accumulate import Accumulating
@@ -35,11 +35,12 @@ AS_THEY_ARE: Final[Storages] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Work:
-    """What a layer does for one sample, in numbers; other widths of it are `dataclasses.replace` away.
+    """What a layer does for one sample, in numbers; other widths and formats of it are `dataclasses.replace` away.
 
     `positions` is how often the same products are taken, for a convolution the pixels of its output, and `terms` how
-    many of them make a sum. Widths are 0 where nothing is multiplied. `constants`, `loaded` and `stored` are in bits,
-    all else in elements.
+    many of them make a sum. Widths are 0 where nothing is multiplied. `index_bits` is what a weight is stored in where
+    that is the index of a level, else 0; `shifts` is how many distances it may shift by where a product is but a shift,
+    else 0; `weight_fields` has these of a type. `constants`, `loaded` and `stored` are in bits, all else in elements.
     """
 
     macs: int = 0
@@ -48,6 +49,8 @@ class Work:
     weight_bits: int = 0
     activation_bits: int = 0
     accumulator_bits: int = 0
+    index_bits: int = 0
+    shifts: int = 0
     constants: int = 0
     loaded: int = 0
     stored: int = 0
@@ -55,6 +58,18 @@ class Work:
     converted: int = 0
     elements: int = 0
     floating: int = 0
+
+    @property
+    def shift_stages(self) -> int:
+        """The stages of a logarithmic shifter for the weights: each shifts by a power of two or not."""
+        return max(self.shifts - 1, 0).bit_length()
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the activation's bits a product takes: one a bit of the weight, or one a stage of shifting,
+        and one at least.
+        """
+        return max(self.shift_stages, 1) if self.shifts else self.weight_bits
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,8 @@ class Cost:
 
     `cycles` are those of `bound`, the longest of `times`, plus the overhead of a layer; `times` are cycles of
     computation and of each memory. `energy` is in pJ, `constant_bytes` and `moved_bytes` (activations loaded and
-    stored) are packed at their widths, `bit_operations` the products of both widths of every multiply-accumulate.
+    stored) are packed at their widths, `bit_operations` the products of both widths of every multiply-accumulate, or,
+    where it shifts, of the stages of shifting and the width of the activation.
     """
 
     macs: int
@@ -159,12 +175,14 @@ def layer_cost(work: Work, target: Target, homes: Homes) -> Cost:
     Raises QirError where the target's tables lack the pair of widths.
     """
     costs = target.costs
-    if work.macs and (missing := [n for n in costs.uncovered(work.weight_bits, work.activation_bits) if n != "mac"]):
+    unread = ("mac", "fabric.dsp") if work.shifts else ("mac",)
+    missing = [n for n in costs.uncovered(work.weight_bits, work.activation_bits) if n not in unread]
+    if work.macs and missing:
         pair = f"{work.weight_bits}x{work.activation_bits}"
         tables = " and ".join(f"costs.{name}" for name in missing)
         raise QirError(f'{target.name} lists no pair that holds "{pair}"; state it in {tables}')
     constant_bytes, moved = -(-work.constants // 8), -(-work.loaded // 8) + -(-work.stored // 8)
-    operations = work.macs * work.weight_bits * work.activation_bits
+    operations = work.macs * work.rows * work.activation_bits
     found = Cost(work.macs, operations, constant_bytes, moved)
     changes: dict[str, Any] = {}
     multipliers = 0
@@ -256,7 +274,7 @@ def work_of(
         constants=sum(value_bits(v, storages) for v in read if v in graph.constants and v not in seen),
         loaded=sum(value_bits(v, storages) for v in read if v not in graph.constants),
         stored=sum(value_bits(v, storages) for v in kept),
-        **_products(multiplying, storages),
+        **_products(graph, multiplying, storages),
         **counts,
     )
 
@@ -267,9 +285,25 @@ def value_bits(value: Value, storages: Storages = AS_THEY_ARE) -> int:
 
 
 def element_bits(value: Value, storages: Storages = AS_THEY_ARE) -> int:
-    """The width that was assigned or that the type has; 32 of reals."""
-    storage = storages.get(value) or value.storage or storage_of(value.type.element)
-    return FLOAT_BITS if storage is None else storage.bits
+    """The width that is stored of an element, as was assigned or as the type has it; 32 of reals."""
+    storage = _storage(value, storages)
+    return FLOAT_BITS if storage is None else storage.stored_bits
+
+
+def weight_fields(storage: IntegerType | None) -> dict[str, int]:
+    """The fields of `Work` that follow from the type of constant weights; of reals for None."""
+    if storage is None:
+        return {"weight_bits": FLOAT_BITS, "index_bits": 0, "shifts": 0}
+    shifts = max(-storage.lo, storage.hi).bit_length() if storage.is_shift else 0
+    return {
+        "weight_bits": storage.bits,
+        "index_bits": storage.stored_bits if storage.levels is not None else 0,
+        "shifts": shifts,
+    }
+
+
+def _storage(value: Value, storages: Storages) -> IntegerType | None:
+    return storages.get(value) or value.storage or storage_of(value.type.element)
 
 
 def peak_bytes(graph: Graph, groups: Sequence[Sequence[Op]]) -> int:
@@ -349,23 +383,29 @@ def _is_view(op: Op) -> bool:
     return isinstance(op, Reshape)
 
 
-def _products(ops: Sequence[Op], storages: Storages) -> dict[str, int]:
-    """Positions, terms and widths of the sums of products among some ops; of several the largest of each."""
+def _products(graph: Graph, ops: Sequence[Op], storages: Storages) -> dict[str, int]:
+    """Positions, terms and widths of the sums of products among some ops; of several the largest of each.
+
+    Of several, weights are levels or shifts where all are.
+    """
     found = {"positions": 1, "terms": 0, "weight_bits": 0, "activation_bits": 0, "accumulator_bits": 0}
+    formats: dict[str, list[int]] = {"index_bits": [], "shifts": []}
     for op in ops:
         x, w = op.operands[:2]
-        weight, activation = element_bits(w, storages), element_bits(x, storages)
+        weight, activation = weight_fields(_storage(w, storages)), element_bits(x, storages)
         terms = op.macs() // max(op.result.type.sample_size, 1)
-        exact = weight + activation + max(terms, 1).bit_length()
+        exact = weight["weight_bits"] + activation + max(terms, 1).bit_length()
         own = {
             "positions": max(op.macs() // max(w.type.sample_size, 1), 1),
             "terms": terms,
-            "weight_bits": weight,
+            "weight_bits": weight["weight_bits"],
             "activation_bits": activation,
             "accumulator_bits": op.accumulator.bits if isinstance(op, Accumulating) else exact,
         }
         found = {name: max(found[name], own[name]) for name in found}
-    return found
+        for name, listed in formats.items():
+            listed.append(weight[name] if w in graph.constants else 0)
+    return found | {name: max(listed) if listed and all(listed) else 0 for name, listed in formats.items()}
 
 
 def _other_work(op: Op, stage: Stage) -> Iterator[tuple[str, int]]:
@@ -395,15 +435,26 @@ def _logic(work: Work, fabric: Fabric, multipliers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     logic = fabric.lut_per_sum_bit * work.accumulator_bits
     if fabric.dsp:
-        found["dsp"] = multipliers * fabric.dsp_of(work.weight_bits, work.activation_bits) if multipliers else 0.0
-    else:
+        is_dsp = multipliers and not work.shifts
+        found["dsp"] = multipliers * fabric.dsp_of(work.weight_bits, work.activation_bits) if is_dsp else 0.0
+    if work.shifts:
+        logic += fabric.lut_per_shift_bit * work.shift_stages * (work.activation_bits + work.shifts - 1)
+    elif not fabric.dsp:
         logic += fabric.lut_per_bit_operation * work.weight_bits * work.activation_bits
-    if fabric.lut_per_sum_bit or fabric.lut_per_bit_operation:
+    if work.index_bits and not work.shifts:
+        logic += fabric.lut_per_level_bit * work.weight_bits
+    if fabric.has_logic:
         found["lut"] = multipliers * logic
     if fabric.bram_bits is not None and fabric.bram_port is not None:
-        constants = max(-(-work.constants // fabric.bram_bits), -(-multipliers * work.weight_bits // fabric.bram_port))
+        read = multipliers * (work.index_bits or work.weight_bits)
+        constants = max(-(-work.constants // fabric.bram_bits), -(-read // fabric.bram_port))
         found["bram"] = constants + -(-work.stored // fabric.bram_bits)
     return found
+
+
+def _factor_bits(work: Work, costs: Costs) -> int:
+    """The width of weights that the tables are read at: where costs follow bit operations a shift takes fewer."""
+    return work.rows if costs.rule is CostRule.BIT_OPERATIONS else work.weight_bits
 
 
 def _compute(work: Work, costs: Costs, multipliers: int) -> float:
@@ -412,7 +463,7 @@ def _compute(work: Work, costs: Costs, multipliers: int) -> float:
     if multipliers:
         cycles = work.macs / multipliers
     elif work.macs:
-        cycles = work.macs / costs.rate(work.weight_bits, work.activation_bits)
+        cycles = work.macs / costs.rate(_factor_bits(work, costs), work.activation_bits)
     other = costs.cycles
     cycles += work.requantized * other.requantize + work.converted * other.convert
     return cycles + work.elements * other.element + work.floating * other.floating
@@ -436,7 +487,7 @@ def _memory_times(work: Work, costs: Costs, homes: Homes) -> dict[str, float]:
 
 def _energy(work: Work, costs: Costs, homes: Homes) -> float:
     """Energy in pJ: of the products, and of every byte that moves."""
-    energy = work.macs * costs.energy_of_mac(work.weight_bits, work.activation_bits) if work.macs else 0.0
+    energy = work.macs * costs.energy_of_mac(_factor_bits(work, costs), work.activation_bits) if work.macs else 0.0
     return energy + sum((loaded + stored) / 8 * costs.byte_energy[n] for n, loaded, stored in _traffic(work, homes))
 
 

@@ -20,6 +20,7 @@ UNIT_PAIR: Final = "8x8"
 #: Bits of reals, which no integer operand of products has.
 FLOAT_BITS: Final = 32
 FLOAT_PAIR: Final = f"{FLOAT_BITS}x{FLOAT_BITS}"
+_LUTS: Final = ("lut_per_bit_operation", "lut_per_sum_bit", "lut_per_shift_bit", "lut_per_level_bit")
 _PAIR: Final = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 Table = Mapping[str, float]
@@ -58,14 +59,18 @@ class Fabric:
 
     One multiplier takes `reuse` weights in turn. `dsp` maps pairs of widths to slices a multiplier, less than 1 where
     a slice holds several; without it multipliers are of logic, `lut_per_bit_operation` for each product of two bits.
-    Every multiplier feeds an adder of `lut_per_sum_bit` for each bit of the accumulator. A block of memory has
-    `bram_bits`, of which `bram_port` are read in a cycle.
+    Weights that are powers of two take a shifter in place of a multiplier, `lut_per_shift_bit` for each bit of the
+    product and each of its stages. Every multiplier feeds an adder of `lut_per_sum_bit` for each bit of the
+    accumulator, which negates too, and reads the weights of a codebook by a table of `lut_per_level_bit` for each bit
+    of a level. A block of memory has `bram_bits`, of which `bram_port` are read in a cycle.
     """
 
     reuse: int
     dsp: Table = field(default_factory=no_table)
     lut_per_bit_operation: float = 0.0
     lut_per_sum_bit: float = 0.0
+    lut_per_shift_bit: float = 0.0
+    lut_per_level_bit: float = 0.0
     bram_bits: int | None = None
     bram_port: int | None = None
 
@@ -73,7 +78,7 @@ class Fabric:
         if self.reuse < 1:
             raise ContractError("reuse", f"a multiplier takes at least one weight, not {self.reuse}")
         check_pairs("dsp", self.dsp, "slices are", least_is_zero=False)
-        for name in ("lut_per_bit_operation", "lut_per_sum_bit"):
+        for name in _LUTS:
             _not_negative(name, getattr(self, name), "numbers of LUTs are")
         for name, other in (("bram_bits", "bram_port"), ("bram_port", "bram_bits")):
             size = getattr(self, name)
@@ -81,6 +86,11 @@ class Fabric:
                 raise ContractError(name, f"a block of memory has at least one bit, not {size}")
             if size is None and getattr(self, other) is not None:
                 raise ContractError(name, f"a block of memory has both bram_bits and bram_port; state {name} too")
+
+    @property
+    def has_logic(self) -> bool:
+        """Whether LUTs can be estimated."""
+        return any(getattr(self, name) for name in _LUTS)
 
     def dsp_of(self, weight_bits: int, activation_bits: int) -> float:
         """Slices a multiplier."""

@@ -67,11 +67,12 @@ def nearest_levels(scaled: npt.NDArray[Any], levels: tuple[int, ...], rounding: 
 
 
 def codebook(data: npt.NDArray[Any], bits: int, axis: int | None, *, powers: bool = False) -> IntegerType:
-    """The 2^bits integers of 8 bits that leave weights the least squared error: exact k-means in one dimension.
+    """The integers of 8 bits that leave weights the least squared error: exact k-means in one dimension.
 
-    Weights are in units of the scale at which the largest magnitude, of each index of `axis` or of all, is 127, or at
-    most 127 where scales are `powers` of two. The optimum is found as a shortest path over pairs of neighbouring levels
-    (Wang and Song, "Ckmeans.1d.dp", The R Journal, 2011), so that it does not depend on a start.
+    There are 2^bits of them, less those that no weight is next to. Weights are in units of the scale at which the
+    largest magnitude, of each index of `axis` or of all, is 127, or at most 127 where scales are `powers` of two. The
+    optimum is found as a shortest path over pairs of neighbouring levels (Wang and Song, "Ckmeans.1d.dp", The R
+    Journal, 2011), so that it does not depend on a start.
     """
     grid = np.arange(CODEBOOK_GRID.lo, CODEBOOK_GRID.hi + 1)
     steps = _largest(data, axis) / CODEBOOK_GRID.hi
@@ -102,7 +103,10 @@ def codebook(data: npt.NDArray[Any], bits: int, axis: int | None, *, powers: boo
     for previous in reversed(back):
         chosen.append(int(previous[chosen[-1]]))
     levels = tuple(int(grid[i]) for i in reversed(chosen))
-    return IntegerType(CODEBOOK_GRID.bits, True, levels[0], levels[-1], levels)
+    used = np.unique(nearest_levels(reals, levels, Rounding.HALF_AWAY)).tolist()
+    if len(used) < 2:
+        used = sorted({0, *used}) if any(used) else [0, 1]
+    return IntegerType(CODEBOOK_GRID.bits, True, used[0], used[-1], tuple(used))
 
 
 def level_scales(data: npt.NDArray[Any], storage: IntegerType, axis: int | None, *, powers: bool = False) -> Reals:

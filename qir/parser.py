@@ -19,6 +19,7 @@ from qir.errors import ParseError, QirError, ResourceError
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value, as_float32, attribute_kinds
 from qir.ops import OPS
+from qir.packing import unpack_integers
 from qir.printer import DTYPE_WORDS
 from qir.types import (
     BATCH,
@@ -86,7 +87,8 @@ def tokenize(text: str, source: str) -> list[Token]:
 def parse(text: str, resources: Mapping[str, Array] | None = None, source: str = "<text>") -> Graph:
     """The graph that `text` describes.
 
-    `resources` gives the large arrays by name (a sidecar read by `qir.serialization`); their hashes are checked.
+    `resources` gives the large arrays by name, packed (a sidecar read by `qir.serialization`) or not; their hashes,
+    those of the arrays unpacked, are checked.
     Raises ParseError (line and column) or ResourceError.
     """
     return _Parser(text, resources or {}, source).graph()
@@ -478,10 +480,17 @@ class _Parser:
     def _declaration(self) -> tuple[str, Array | str]:
         name = self.name("@", "a resource such as @conv1.weight")
         self.expect(":")
-        token = self.take("word", "an element type")
-        if token.text not in _DTYPES:
-            self.fail(f"unknown element type '{token.text}' of a resource", token)
-        shape = self.shape() if self.token.kind in ("shape", "number") else ()
+        token = self.token
+        if token.text in _DTYPES and self.tokens[self.place + 1].text != "{":
+            self.place += 1
+            dtype, packing = _DTYPES[token.text], None
+        else:
+            packing = self.integer_type()
+            dtype = packing.dtype
+        at, dims = self.token, self.shape() if self.token.kind in ("shape", "number") else ()
+        shape = tuple(d for d in dims if d != BATCH)
+        if len(shape) < len(dims):
+            self.fail(f"a resource has no open dimension, found '{at.text}'", at)
         self.expect("sha256")
         self.expect("=")
         string = self.take("string", "a hash in quotes")
@@ -490,7 +499,14 @@ class _Parser:
         where = f"{self.source}:{string.line}: resource @{name}"
         if array is None:
             return name, f"{where} is not in the sidecar; read the text together with the sidecar written beside it"
-        if array.sha256 != stated or array.shape != shape or array.data.dtype != _DTYPES[token.text]:
+        if packing is not None and (array.data.dtype, array.shape) != (dtype, shape):
+            try:
+                unpacked = unpack_integers(array.data, shape, packing)
+            except QirError as fault:
+                raise ResourceError(f"{where}: the sidecar does not hold it as {packing}: {fault}") from fault
+            unpacked.setflags(write=False)  # nobody else holds it, so that Array need not copy it
+            array = Array(unpacked, name)
+        if array.sha256 != stated or array.shape != shape or array.data.dtype != dtype:
             raise ResourceError(
                 f"{where}: the sidecar's array has hash {array.sha256[:12]}..., the text states {stated[:12]}...; "
                 "the sidecar was changed or belongs to another text"
@@ -555,6 +571,10 @@ class _Parser:
         if match is None:
             self.fail(f"expected an element type such as f32, s8 or u4, found '{token.text}'", token)
         kind = self.guarded(token, lambda: integer(int(match[2]), match[1] == "s"))
+        if self.accept("{"):
+            levels = tuple(self.listed(self.integer, "}"))
+            ends = min(levels, default=0), max(levels, default=0)
+            return self.guarded(token, lambda: IntegerType(kind.bits, kind.signed, *ends, levels))
         if not self.accept("["):
             return kind
         lo = self.integer()

@@ -1,7 +1,8 @@
 """The text of a graph: generic, driven by what each op declares; `parse(print_graph(g)) == g`, always.
 
 Floats print as the shortest decimal that gives the same float32 back. Arrays over 64 elements are named, and a
-`resources` section at the end states element type, shape and hash of each.
+`resources` section at the end states element type, shape and hash of each. That type is the dtype, or the type which a
+sidecar packs the array as (`qir.packing`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qir.arrays import Array
 from qir.errors import QirError
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
+from qir.ops.constant import Const
 from qir.types import (
     ElementType,
     FixedPointType,
@@ -39,16 +41,23 @@ DTYPE_WORDS: Final[Mapping[str, str]] = {
 
 
 class ResourceNames:
-    """Gives each large array one name: its hint, made unique among different contents."""
+    """Gives each large array one name: its hint, made unique among different contents.
+
+    `packings` are the types that they are packed as in a sidecar; None where one is stored as it is, as an array must
+    be that is read as several types.
+    """
 
     def __init__(self) -> None:
         self.arrays: dict[str, Array] = {}
+        self.packings: dict[str, IntegerType | None] = {}
         self._names: dict[str, str] = {}
 
-    def name(self, array: Array) -> str:
-        """The name of this content, chosen on first sight."""
+    def name(self, array: Array, packing: IntegerType | None = None) -> str:
+        """The name of this content, chosen on first sight; `packing` is that of the constant which holds it."""
         known = self._names.get(array.sha256)
         if known is not None:
+            if self.packings[known] != packing:
+                self.packings[known] = None
             return known
         hint = (
             "constant" if array.name in ("", "__metadata__") else array.name
@@ -58,15 +67,21 @@ class ResourceNames:
             count += 1
             name = f"{hint}.{count}"
         self.arrays[name] = array
+        self.packings[name] = packing
         self._names[array.sha256] = name
         return name
 
 
-def resources(graph: Graph) -> dict[str, Array]:
-    """The large arrays of a graph under the names that its text gives them: what the sidecar holds."""
+def resource_names(graph: Graph) -> ResourceNames:
+    """The large arrays of a graph under the names that its text gives them, and how a sidecar packs them."""
     names = ResourceNames()
     _graph_lines(graph, names)
-    return names.arrays
+    return names
+
+
+def resources(graph: Graph) -> dict[str, Array]:
+    """The large arrays of a graph under the names that its text gives them: what the sidecar holds, not packed."""
+    return resource_names(graph).arrays
 
 
 def print_graph(graph: Graph, sidecar: str = "") -> str:
@@ -75,13 +90,14 @@ def print_graph(graph: Graph, sidecar: str = "") -> str:
     lines = _graph_lines(graph, names)
     if names.arrays:
         lines.append(f"resources {quote(sidecar)} {{" if sidecar else "resources {")
-        lines += [f"  {_resource(name, array)}" for name, array in names.arrays.items()]
+        lines += [f"  {_resource(name, array, names.packings[name])}" for name, array in names.arrays.items()]
         lines.append("}")
     return "\n".join([*lines, ""])
 
 
-def _resource(name: str, array: Array) -> str:
-    return f'@{identifier(name)} : {_array_head(array)} sha256="{array.sha256}"'
+def _resource(name: str, array: Array, packing: IntegerType | None) -> str:
+    head = _array_head(array) if packing is None else f"{packing} {shape_text(array.shape)}"
+    return f'@{identifier(name)} : {head} sha256="{array.sha256}"'
 
 
 def _graph_lines(graph: Graph, names: ResourceNames) -> list[str]:
@@ -107,8 +123,9 @@ def op_text(op: Op, names: ResourceNames | None = None, stage: Stage | None = No
     text = f"{results} = {op.mnemonic}"
     if op.operands:
         text += " " + ", ".join(f"%{identifier(v.name)}" for v in op.operands)
+    packing = op.packing if isinstance(op, Const) else None
     attributes = [(n, getattr(op, n)) for n in op.attribute_names() if n != "partial"]
-    shown = [(n, value_text(v, names)) for n, v in attributes if v is not None]
+    shown = [(n, value_text(v, names, packing)) for n, v in attributes if v is not None]
     if shown:
         text += f" {_braced(shown)}"
     text += " : " + ", ".join(_typed(r, names) for r in op.results)
@@ -144,7 +161,7 @@ def type_text(kind: TensorType, names: ResourceNames | None = None) -> str:
 
 
 def element_text(element: ElementType, names: ResourceNames | None = None) -> str:
-    """`f32`, `s8`, `s8[-127, 127]<@w.scale, axis=0>`, `s16<2^-12>`."""
+    """`f32`, `s8`, `s8[-127, 127]<@w.scale, axis=0>`, `s4{-5, -1, 1, 5}<0.25>`, `s16<2^-12>`."""
     if isinstance(element, FloatType | IntegerType):
         return str(element)
     names = names or ResourceNames()
@@ -167,8 +184,8 @@ def interval_text(interval: Interval) -> str:
     return f"[{number_text(interval.lo)}, {number_text(interval.hi)}]"
 
 
-def value_text(value: Any, names: ResourceNames) -> str:
-    """An attribute value."""
+def value_text(value: Any, names: ResourceNames, packing: IntegerType | None = None) -> str:
+    """An attribute value; `packing` is how a sidecar packs it."""
     if isinstance(value, enum.Enum):
         return str(value)
     if isinstance(value, bool):
@@ -182,15 +199,17 @@ def value_text(value: Any, names: ResourceNames) -> str:
     if isinstance(value, Interval):
         return interval_text(value)
     if isinstance(value, Array):
-        return array_text(value, names)
+        return array_text(value, names, packing)
     if isinstance(value, IntegerType):
         return str(value)
     raise QirError(f"an attribute of type {type(value).__name__} has no text form")
 
 
-def array_text(array: Array, names: ResourceNames) -> str:
+def array_text(array: Array, names: ResourceNames, packing: IntegerType | None = None) -> str:
     """`s32 2x2 [1, 2, 3, 4]` up to 64 elements, `@name` above."""
-    return f"{_array_head(array)} {_numbers(array)}" if array.is_inline else f"@{identifier(names.name(array))}"
+    return (
+        f"{_array_head(array)} {_numbers(array)}" if array.is_inline else f"@{identifier(names.name(array, packing))}"
+    )
 
 
 def _array_head(array: Array) -> str:

@@ -20,6 +20,7 @@ from qir.errors import Diagnostic, QirError, VerifyError
 from qir.interpreter import check_feeds
 from qir.ir import Graph, Stage, Value
 from qir.ops.accumulate import Accumulating
+from qir.ops.constant import Const
 from qir.ops.fixed_rescale import dequantize_array, quantize_input
 from qir.proof import prove_claims
 from qir.serialization import read_graph, whole_folder, write_graph
@@ -180,8 +181,8 @@ class Program:
         return self.graph.macs()
 
     def weight_bytes(self) -> int:
-        """Bytes of all constants as the program stores them."""
-        return sum(a.data.nbytes for a in self._facts.constants.values())
+        """Bytes of all constants as the program stores them, packed where they take fewer bits than their dtype."""
+        return sum(op.stored_bytes for op in self.graph.ops if isinstance(op, Const))
 
     def save(self, folder: str | Path) -> None:
         """Write `graph.qir`, `weights.safetensors` and `certificate.json` into a folder, whole or not at all.

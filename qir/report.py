@@ -39,8 +39,8 @@ def fields_text(fields: Sequence[tuple[str, str]]) -> str:
 
 
 def constant_bytes(graph: Graph) -> int:
-    """Bytes of all constants of a graph."""
-    return sum(op.value.data.nbytes for op in graph.ops if isinstance(op, Const))
+    """Bytes of all constants of a graph, as they are stored."""
+    return sum(op.stored_bytes for op in graph.ops if isinstance(op, Const))
 
 
 def size_text(count: int) -> str:

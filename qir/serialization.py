@@ -1,5 +1,6 @@
 """Graphs on disk: a `.qir` text and, beside it, a safetensors sidecar of its large arrays.
 
+Constants that take fewer bits than their dtype are packed there: one row of bytes each, as `qir.packing` lays them out.
 Files are written whole or not at all: to a temporary name first, then renamed.
 """
 
@@ -12,11 +13,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -24,8 +24,9 @@ from safetensors.numpy import load_file, save
 from qir.arrays import Array
 from qir.errors import QirError, ResourceError
 from qir.ir import Graph
+from qir.packing import pack_integers
 from qir.parser import parse
-from qir.printer import DTYPE_WORDS, print_graph, resources
+from qir.printer import DTYPE_WORDS, ResourceNames, print_graph, resource_names
 
 #: What a program's proof rests on, beside its text.
 CERTIFICATE_FILE: Final = "certificate.json"
@@ -105,22 +106,28 @@ def _replaceable(path: Path) -> bool:
     return all(p.suffix in (".qir", ".safetensors") or p.name == CERTIFICATE_FILE for p in found)
 
 
-def sidecar_name(arrays: Mapping[str, Array]) -> str:
-    """A file name that follows from the arrays, so that dumps with the same constants share one file."""
+def sidecar_name(names: ResourceNames) -> str:
+    """A file name that follows from what the file holds, so that dumps with the same constants share one file."""
     digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name}\0{array.sha256}\0".encode())
+    for name, array in sorted(names.arrays.items()):
+        digest.update(f"{name}\0{array.sha256}\0{names.packings[name] or ''}\0".encode())
     return f"constants-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _stored(names: ResourceNames) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a sidecar by name: bytes of those that are packed, the others as they are."""
+    packings = ((name, array, names.packings[name]) for name, array in names.arrays.items())
+    return {n: a.data if packing is None else pack_integers(a.data, packing) for n, a, packing in packings}
 
 
 def write_graph(graph: Graph, path: str | Path, sidecar: str = "") -> None:
     """Write the text to `path` and its large arrays beside it, in `sidecar` or a file named by their hash."""
     path = Path(path)
-    arrays = resources(graph)
-    sidecar = (sidecar or sidecar_name(arrays)) if arrays else ""
+    names = resource_names(graph)
+    sidecar = (sidecar or sidecar_name(names)) if names.arrays else ""
     text = print_graph(graph, sidecar).encode()  # before anything is written: a graph may have no text
-    if arrays and not (sidecar.startswith("constants-") and (path.parent / sidecar).exists()):
-        write_bytes(path.parent / sidecar, save({n: np.asarray(a.data) for n, a in arrays.items()}))
+    if names.arrays and not (sidecar.startswith("constants-") and (path.parent / sidecar).exists()):
+        write_bytes(path.parent / sidecar, save(_stored(names)))
     write_bytes(path, text)
 
 

@@ -182,9 +182,9 @@ class Weights(Operand):
             message = "only uniform weights have zero points or leave a bit out; use scheme = symmetric"
             raise ContractError("formats", f"{message} without reduce_range")
 
-    def widths(self, item: WeightFormat) -> tuple[int, ...]:
+    def widths(self, format: WeightFormat) -> tuple[int, ...]:
         """The listed widths that a format has."""
-        return tuple(b for b in self.bits if b in FORMAT_BITS[item]) if item in self.formats else ()
+        return tuple(b for b in self.bits if b in FORMAT_BITS[format]) if format in self.formats else ()
 
     def formats_of(self, bits: int) -> tuple[WeightFormat, ...]:
         """The formats that weights of a width come in, uniform first; none where the width is not listed."""

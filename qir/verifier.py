@@ -6,19 +6,23 @@
 4. The op's own `check` finds nothing.
 5. Before `typed` no value has a quantized type; at `ranged` and `typed` every real value has a finite range.
 6. At `fixed` a float op is an island: it reads and makes float32 only, and so does whatever feeds it.
-7. At `fixed` every stated range, partial sum and `overflow=none` is supported by the proof.
+7. Only constants have types with levels, and their data are levels.
+8. At `fixed` every stated range, partial sum and `overflow=none` is supported by the proof.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 from qir.errors import Diagnostic, QirError, VerifyError
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
 from qir.proof import Proof, false_claims, prove_claims
-from qir.types import ElementType, FloatType, is_quantized, shape_text
+from qir.types import ElementType, FloatType, IntegerType, is_quantized, shape_text, storage_of
+
+_LEVELS: Final = "only constants have levels"
 
 
 def verify(graph: Graph, proof: Proof | None = None) -> None:
@@ -31,12 +35,12 @@ def verify(graph: Graph, proof: Proof | None = None) -> None:
 def find_faults(graph: Graph, proof: Proof | None = None, *, claims: bool = True) -> tuple[Diagnostic, ...]:
     """Every finding, in graph order; the proof is tried only on a graph that is otherwise sound.
 
-    Without `claims` invariant 7 is left out, for a graph whose facts are about to be proved anew.
+    Without `claims` invariant 8 is left out, for a graph whose facts are about to be proved anew.
     """
     faults = [*_naming(graph)]
     if not faults:
         for value in graph.inputs:
-            faults += [Diagnostic(f"%{value.name}", m) for m in _value(graph, value)]
+            faults += [Diagnostic(f"%{value.name}", m) for m in (*_value(graph, value), *_levels(value))]
         for op in graph.ops:
             faults += [Diagnostic(op.describe(), m) for m in _op(graph, op)]
     if claims and not faults and graph.stage is Stage.FIXED:
@@ -103,11 +107,23 @@ def _op(graph: Graph, op: Op) -> Iterator[str]:
             return
         for message in _value(graph, value):
             yield f"%{value.name}: {message}"
+        if not isinstance(op, Const):
+            yield from (f"%{value.name}: {message}" for message in _levels(value))
+    for name in op.attribute_names():
+        kind = getattr(op, name)
+        if isinstance(kind, IntegerType) and kind.levels is not None:
+            yield f"its {name} is {kind}; {_LEVELS}"
     yield from op.check()
     if graph.stage is Stage.FIXED and op.is_float:
         for value in (*op.operands, *op.results):
             if not isinstance(value.type.element, FloatType):
                 yield f"is a float island, but %{value.name} is not float32"
+
+
+def _levels(value: Value) -> Iterator[str]:
+    for kind in (storage_of(value.type.element), value.storage):
+        if kind is not None and kind.levels is not None:
+            yield f"is of {kind}; {_LEVELS}"
 
 
 def _is_real(graph: Graph, element: ElementType) -> bool:

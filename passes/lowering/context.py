@@ -350,7 +350,8 @@ class Lowering(Rewriter):
         data = self.graph.constants[old].data.astype(np.float32)
         found = quantize_array(data, element, QuantizeRule.DIVIDE, rounding)
         zeros = quantize_array(np.zeros_like(data), element, QuantizeRule.DIVIDE, rounding)
-        if data.ndim != 1 and data.any() and np.array_equal(found, zeros):
+        has_zero = element.storage.levels is None or 0 in element.storage.levels
+        if data.ndim != 1 and data.any() and has_zero and np.array_equal(found, zeros):
             self.vanished[old.name] = element
         return found.astype(element.storage.dtype)
 

@@ -21,6 +21,7 @@ from qir.ops.accumulate import centre
 from qir.ops.fixed_linear import Conv2d, FixedMatMul
 from qir.ops.fixed_rescale import Requantize
 from qir.passes.repairs.replacement import Replacement, Site, constant, has_zero, prove_ops, serves
+from qir.types import storage_of
 
 Weights = npt.NDArray[np.int64]
 Fits = Callable[[Weights], npt.NDArray[np.bool_]]
@@ -29,12 +30,16 @@ Fits = Callable[[Weights], npt.NDArray[np.bool_]]
 def narrow(site: Site) -> Replacement | None:
     """The op with narrower weights where they must be; None where they are not constant, or nothing fits.
 
-    Of the two ways, the one that changes weights less in the L2 norm. Channels that fit keep theirs.
+    Levels are not narrowed, as what is left of them need not be one. Of the two ways, the one that changes weights less
+    in the L2 norm. Channels that fit keep theirs.
     """
     op, array = site.op, site.constant(1) if len(site.op.operands) > 1 else None
     if array is None or not isinstance(op, Conv2d | FixedMatMul) or not has_zero(op.operands[1]):
         return None
     if isinstance(op, FixedMatMul) and array.data.ndim != 2:
+        return None
+    storage = storage_of(op.operands[1].type.element)
+    if storage is None or storage.levels is not None:
         return None
     layer = _Layer(site, op, array)
     halved, threshold = layer.halved(), layer.shrunk()

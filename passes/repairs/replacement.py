@@ -86,8 +86,10 @@ def constant(data: Any, like: Value, name: str) -> Const:
 
 
 def has_zero(weight: Value) -> bool:
-    """Whether weights may stand for 0: their zero points are within the storage bounds."""
+    """Whether weights may stand for 0: their zero points are within the storage bounds, and levels where there are."""
     storage, zeros = storage_of(weight.type.element), zero_array(weight.type.element)
+    if storage is not None and storage.levels is not None:
+        return 0 in storage.levels
     return storage is not None and bool(((zeros >= storage.lo) & (zeros <= storage.hi)).all())
 
 

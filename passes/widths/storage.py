@@ -24,7 +24,7 @@ def default_widths(target: Target) -> tuple[int, int]:
 def weight_storage(
     target: Target,
     bits: int,
-    item: WeightFormat = WeightFormat.UNIFORM,
+    format: WeightFormat = WeightFormat.UNIFORM,
     data: npt.NDArray[Any] | None = None,
     axis: int | None = None,
 ) -> IntegerType:
@@ -34,7 +34,7 @@ def weight_storage(
     a target has at a width says `target.weights.formats_of(bits)`. Raises QirError for a codebook without data, and for
     a width that the format lacks.
     """
-    match item:
+    match format:
         case WeightFormat.POWER_OF_TWO:
             return power_of_two_levels(bits)
         case WeightFormat.CODEBOOK:

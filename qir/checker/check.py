@@ -12,7 +12,7 @@ from qir.checker.correlated import tightened
 from qir.checker.functionals import Known
 from qir.checker.rules import image
 from qir.errors import QirError
-from qir.ir import Graph, Op, Value
+from qir.ir import Graph, Value
 from qir.types import storage_of
 
 
@@ -72,10 +72,14 @@ class _Check:
             names.update(claim.facts["inputs"])
         return names or None
 
-    def value(self, value: Value, op: Op | None, found: Span | None) -> None:
+    def value(self, value: Value, op: Any, found: Span | None) -> None:
         storage, claim = storage_of(value.type.element), self.claims.get(("values", value.name))
         if storage is None:
             return
+        if storage.levels is not None:
+            held = set(op.value.data.reshape(-1).tolist()) if op is not None and op.mnemonic == "const" else None
+            if held is None or not held <= set(storage.levels):
+                self.faults.append(f"%{value.name}: its type has levels, and it holds others; {MEND}")
         if found is None or (claim is not None and claim.facts.get("rule") == "type"):
             op, found = None, [between(storage.lo, storage.hi)]
         found = found if value.type.sample_size else []  # of what has no elements anything is true

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from qir.arrays import Array
 from qir.interval import Bounds, Interval, exact
 from qir.ir import ALL_STAGES, Op, OpBounds
-from qir.types import FloatType, IntegerType, Shape, storage_of
+from qir.packing import packable, packed_bytes
+from qir.types import FloatType, IntegerType, Shape, integer, storage_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,12 +30,29 @@ class Const(Op):
         """Whether the data are reals."""
         return bool(self.value.data.dtype.kind == "f")
 
+    @property
+    def packing(self) -> IntegerType | None:
+        """The type that the data are packed as where they are stored; None where they are stored as they are.
+
+        Bounds narrower than the container make no difference to it.
+        """
+        storage = storage_of(self.results[0].type.element) if self.results else None
+        if storage is None or not packable(self.value.data, storage):
+            return None
+        return storage if storage.levels is not None else integer(storage.bits, storage.signed)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes that the data take where they are stored."""
+        packing = self.packing
+        return self.value.data.nbytes if packing is None else packed_bytes(self.value.size, packing)
+
     def infer(self) -> tuple[Shape, ...]:
         """The shape of the data."""
         return (self.value.shape,)
 
     def check(self) -> Iterator[str]:
-        """Float data are finite and float32; integer data lie in the storage bounds."""
+        """Float data are finite and float32; integer data lie in the storage bounds, and are levels if it has any."""
         storage = storage_of(self.result.type.element)
         data = self.value.data
         if data.dtype.kind == "f":
@@ -46,6 +64,8 @@ class Const(Op):
             yield f"its data are {data.dtype}, its type is f32"
         elif storage and data.size and not storage.lo <= int(data.min()) <= int(data.max()) <= storage.hi:
             yield f"its data span [{data.min()}, {data.max()}], beyond the storage bounds [{storage.lo}, {storage.hi}]"
+        elif storage and storage.levels is not None and (strange := np.setdiff1d(data, storage.levels)).size:
+            yield f"its data hold {strange[0]}, which is none of the levels of {storage}"
 
     def bounds(self, operands: Sequence[Bounds]) -> OpBounds:
         """The data and their extremes, per last axis."""

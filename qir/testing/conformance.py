@@ -20,7 +20,7 @@ from qir.target_file import parse_target
 from qir.testing.border import check_border
 from qir.testing.compare import Compared, compare
 from qir.testing.goldens import golden_texts, replay
-from qir.testing.maker import Cases, NoForm, Widths, width_pairs
+from qir.testing.maker import Cases, NoForm, Widths, format_widths, width_pairs
 from qir.testing.maps import other_cases
 from qir.testing.pipeline import compiled_case, compiled_program
 from qir.testing.rescaling import activation_cases, arithmetic_cases, requantize_cases
@@ -84,10 +84,11 @@ def check_backend(backend: Backend | str | Path, *, seed: int = 0, progress: Pro
     """Hold a backend (or that of a name, or the target of a `.toml` file) to its contract.
 
     - The contract prints and reads back equal.
-    - Vectors are made from it, for every kind of op at every pair of widths (of many, at the default and at the ends):
-      all pairs of ends, sums that overflow at every step and come back, biases at their ends, accumulators around the
-      boundaries between outputs, left shifts, every entry of every table, no sample and one, odd and empty shapes. The
-      program, with the backend's kernels, must give each bit that the interpreter gives.
+    - Vectors are made from it, for every kind of op at every pair of widths (of many, at the default and at the ends),
+      and for sums in every format of weights: all pairs of ends, sums that overflow at every step and come back, biases
+      at their ends, accumulators around the boundaries between outputs, left shifts, every entry of every table, no
+      sample and one, odd and empty shapes. The program, with the backend's kernels, must give each bit that the
+      interpreter gives.
     - Reals at the border become integers as exact fractions say.
     - A small network goes through the default pipeline.
     - The texts of qir's own tests give what they say, with the backend's kernels where it has some for them.
@@ -129,7 +130,7 @@ class _Kit:
         """Every check by name, in the order in which they run."""
         pairs = width_pairs(self.target)
         found: list[tuple[str, Check]] = [("contract", self._contract)]
-        for widths in pairs:
+        for widths in (*pairs, *format_widths(self.target)):
             name = f"sums {widths}"
             found.append((name, self._cases(name, sum_cases, widths, thorough=widths is pairs[0])))
         for widths in {p.activations: p for p in reversed(pairs)}.values():

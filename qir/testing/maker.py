@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from qir.arrays import Array
 from qir.errors import PassError
-from qir.fixed_point import floor_log2
+from qir.fixed_point import Rounding, floor_log2
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
+from qir.levels import CODEBOOK_GRID, nearest_levels
 from qir.ops.float_nn import Conv
 from qir.pass_manager import PassContext, Pipeline
 from qir.passes.accumulation import largest_sum, sum_scale
@@ -22,9 +23,9 @@ from qir.passes.insert_saturation import InsertSaturation
 from qir.passes.legalize import Legalize
 from qir.passes.lowering.context import NoIntegerForm
 from qir.passes.range_analysis import RangeAnalysis
-from qir.passes.widths.storage import bias_storage, default_widths
+from qir.passes.widths.storage import bias_storage, default_widths, weight_storage
 from qir.rewrite import GraphBuilder, map_values
-from qir.target import Granularity, Scales, Scheme, Target
+from qir.target import Granularity, Scales, Scheme, Target, WeightFormat
 from qir.types import (
     BATCH,
     AffineType,
@@ -35,6 +36,7 @@ from qir.types import (
     TensorType,
     affine,
     fixed_point,
+    of_levels,
     scale_array,
     zero_array,
 )
@@ -62,13 +64,15 @@ Cases = list[tuple[str, Callable[[], Case]]]
 
 @dataclass(frozen=True)
 class Widths:
-    """Bits of the weights and of the activations."""
+    """Bits of the weights and of the activations, and the format of the weights."""
 
     weights: int
     activations: int
+    format: WeightFormat = WeightFormat.UNIFORM
 
     def __str__(self) -> str:
-        return f"{self.weights}x{self.activations}"
+        pair = f"{self.weights}x{self.activations}"
+        return pair if self.format is WeightFormat.UNIFORM else f"{pair} {self.format}"
 
 
 def width_pairs(target: Target) -> list[Widths]:
@@ -77,7 +81,27 @@ def width_pairs(target: Target) -> list[Widths]:
     chosen = (
         bits if len(bits) <= _FEW else (min(bits), max(bits)) for bits in (target.weights.bits, target.activations.bits)
     )
-    return [Widths(*p) for p in dict.fromkeys((default, *itertools.product(*chosen)))]
+    return [Widths(w, a) for w, a in dict.fromkeys((default, *itertools.product(*chosen)))]
+
+
+def format_widths(target: Target) -> list[Widths]:
+    """The widest weights of each format that is not uniform, with activations of the default width."""
+    activations = default_widths(target)[1]
+    return [
+        Widths(max(target.weights.widths(item)), activations, item)
+        for item in WeightFormat
+        if item is not WeightFormat.UNIFORM and target.weights.widths(item)
+    ]
+
+
+def _weight_storage(target: Target, widths: Widths, random: np.random.Generator) -> IntegerType:
+    """The storage of weights; a codebook has the ends of its grid, what is next to 0, and others at random."""
+    if widths.format is not WeightFormat.CODEBOOK:
+        return weight_storage(target, widths.weights, widths.format)
+    grid = np.arange(CODEBOOK_GRID.lo, CODEBOOK_GRID.hi + 1)
+    levels = [CODEBOOK_GRID.lo, CODEBOOK_GRID.hi, 0, 1][: 1 << widths.weights]
+    others = random.choice(np.setdiff1d(grid, levels), (1 << widths.weights) - len(levels), replace=False)
+    return of_levels(sorted([*levels, *others.tolist()]))
 
 
 class Maker(GraphBuilder):
@@ -88,7 +112,7 @@ class Maker(GraphBuilder):
         self.target = target
         self.random = random
         self.storage = target.activations.storage(widths.activations)
-        self.weight_storage = target.weights.storage(widths.weights)
+        self.weight_storage = _weight_storage(target, widths, random)
         self.outputs: list[Value] = []
         self._ranges: dict[Value, Interval] = {}
         self._mantissas = itertools.cycle(_MANTISSAS)
@@ -118,7 +142,12 @@ class Maker(GraphBuilder):
         return self.constant(Array(reals), TensorType(reals.shape, element), "k")
 
     def weights(self, integers: Tensor, op_class: type[Op], exponent: int = 0) -> Value:
-        """Weights [O, C / groups, ...] or [K, O]; scales of channels differ by up to 8 where each may have its own."""
+        """Weights [O, C / groups, ...] or [K, O]; scales of channels differ by up to 8 where each may have its own.
+
+        Integers that are no levels of the weights become those next to them.
+        """
+        if self.weight_storage.levels is not None:
+            integers = nearest_levels(integers, self.weight_storage.levels, Rounding.HALF_AWAY)
         is_conv = op_class is Conv
         contract, axis = self.target.weights, 0 if is_conv else integers.ndim - 1
         granularity = contract.conv if is_conv else contract.matmul

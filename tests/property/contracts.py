@@ -31,6 +31,7 @@ from qir.target import (
     Scheme,
     SumRule,
     Target,
+    WeightFormat,
     Weights,
     Width,
 )
@@ -54,7 +55,7 @@ class _Chooser:
         return not self.random.integers(one_in)
 
     def bits(self) -> tuple[int, ...]:
-        several = tuple(sorted({int(b) for b in self.random.integers(2, 17, 2)}))
+        several = tuple(sorted({int(b) for b in self.random.integers(1, 17, 3)}))
         return self.of([(8,), (16,), several])
 
     def operand(self, scales: Scales, scheme: Scheme) -> dict[str, Any]:
@@ -90,6 +91,7 @@ class _Chooser:
                 **self.operand(scales, self.of(schemes)),
                 conv=self.of(list(Granularity)),
                 matmul=self.of(list(Granularity)),
+                formats=self.of([(WeightFormat.UNIFORM,), tuple(WeightFormat)]),
             ),
             accumulator=Accumulator(
                 bits=self.of(REGISTERS),

@@ -13,6 +13,7 @@ from qir.arrays import Array
 from qir.fixed_point import FLOAT_FORMS, Overflow, RequantizeForm, Rounding
 from qir.integer_functions import prepare_softmax
 from qir.ir import Graph, Op, Stage, Value
+from qir.levels import power_of_two_levels
 from qir.ops.accumulate import Order
 from qir.ops.dequantize_blocks import DequantizeBlocks, Packing
 from qir.ops.fixed_elementwise import FixedAdd, FixedArgMax, FixedDiv, FixedMul, FixedSub, Table
@@ -27,6 +28,7 @@ from qir.passes.range_analysis import RangeAnalysis
 from qir.rewrite import GraphBuilder
 from qir.types import (
     BATCH,
+    BINARY,
     F32,
     S8,
     S16,
@@ -41,6 +43,7 @@ from qir.types import (
     container_bounds,
     fixed_point,
     integer,
+    of_levels,
     storage_of,
 )
 
@@ -59,7 +62,8 @@ STORAGES = (
     integer(5).narrowed(-9, 11),
 )
 _ODD_WIDTHS = (integer(1), integer(2), integer(3), integer(6), integer(12), integer(1, signed=False))
-WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8, *_ODD_WIDTHS)
+_LEVELS = (BINARY, *map(power_of_two_levels, (2, 3, 4, 5)), of_levels((-128, -3, 1, 90)), of_levels((3, 5)))
+WEIGHT_STORAGES = (S8.narrowed(-127, 127), S8, S4, S16, U8, *_ODD_WIDTHS, *_LEVELS)
 ACCUMULATORS = (S32, S32, S32, S16, integer(13), integer(24), integer(40), S64)
 BATCHES = (0, 1, 3)
 _POWERS = tuple(1 << p for p in range(31))
@@ -108,6 +112,8 @@ class FixedMaker:
                 return np.full(shape, hi, storage.dtype)
             case "ends":
                 return self.random.choice(ends, shape)
+        if storage.levels is not None:
+            return self.random.choice(np.array(storage.levels, storage.dtype), shape)
         return self.random.integers(lo, hi, shape, storage.dtype, endpoint=True)
 
     def input(
@@ -185,7 +191,8 @@ class FixedMaker:
             strides = (self.size(1, 3), self.size(1, 3))
         storage = self.pick(WEIGHT_STORAGES)
         shape = (groups * multiple, *kernel, per_group)
-        zero = self.random.integers(storage.lo, storage.hi, shape[0], endpoint=True) if self.flag() else 0
+        has_zero = storage.levels is None and self.flag()
+        zero = self.random.integers(storage.lo, storage.hi, shape[0], endpoint=True) if has_zero else 0
         element = affine(storage, np.full(shape[0], 0.25), zero, 0) if self.flag() else storage
         weight = self.constant(self.numbers(storage, shape), element)
         accumulator = accumulator or self.accumulator()
@@ -205,7 +212,7 @@ class FixedMaker:
         outputs = self.extent() if outputs is None else outputs
         length = int(x.type.shape[-1])
         storage = self.pick(WEIGHT_STORAGES)
-        zero = self.random.integers(storage.lo, storage.hi, endpoint=True)
+        zero = self.random.integers(storage.lo, storage.hi, endpoint=True) if storage.levels is None else 0
         element = affine(storage, 0.25, int(zero)) if self.flag() else storage
         weight = self.constant(self.numbers(storage, (length, outputs)), element)
         accumulator = accumulator or self.accumulator()

@@ -73,6 +73,9 @@ def arrays(draw: st.DrawFn, dtypes: tuple[str, ...] = tuple(_NUMBERS), ranks: tu
 def integer_types(draw: st.DrawFn) -> IntegerType:
     bits, signed = draw(st.integers(1, 64)), draw(st.booleans())
     lo, hi = container_bounds(bits, signed)
+    if 2 <= bits <= 32 and draw(st.booleans()):
+        levels = sorted(draw(st.sets(st.integers(lo, hi), min_size=2, max_size=min(64, hi - lo + 1))))
+        return IntegerType(bits, signed, levels[0], levels[-1], tuple(levels))
     if draw(st.booleans()):
         lo, hi = sorted(draw(st.tuples(st.integers(lo, hi), st.integers(lo, hi))))
     return IntegerType(bits, signed, lo, hi)
@@ -105,7 +108,7 @@ def elements(draw: st.DrawFn, shape: Shape) -> ElementType:
     if kind == "fixed point":
         return FixedPointType(storage, parameter(st.integers(-149, 127), np.int64), axis)
     low, high = container_bounds(storage.bits, storage.signed)
-    zero = st.one_of(st.just(0), st.integers(low, min(high, 2**63 - 1)))
+    zero = st.one_of(st.just(0), *([st.integers(low, min(high, 2**63 - 1))] if storage.levels is None else []))
     scale = st.floats(0, width=32, exclude_min=True, allow_infinity=False)
     return AffineType(storage, parameter(scale, np.float32), parameter(zero, np.int64), axis)
 
@@ -233,7 +236,23 @@ _TEXTS = [p.read_text(encoding="utf-8").split("// CHECK")[0] for p in sorted(GOL
 _SMALL = [*map(str, (0, 1, -1, 2, 3, 5, 7, 64, 65, 127, 128, 200, 255, -128, -129, 1.5, 0.5)), "inf", "-inf", "nan"]
 _LARGE = [*map(str, (2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**30)), "1" * 5000, "1e39", "1e400", "1e-45"]
 _SHAPES = ["N", "Nx1", "Nx2", "Nx0", "1x1x1x1", "Nx4x4x2", "2x3x3x1", "2x2", "Nx65", "N x", "x"]
-_TYPES = ["f32", "s8", "s32", "u64", "s65", "s0", "u1", "s8<0.5>", "s8<0.5, zero=1>", "s8<2^1>", "s8[0, 1]", "s8[1, 0]"]
+_TYPES = [
+    "f32",
+    "s8",
+    "s32",
+    "u64",
+    "s65",
+    "s0",
+    "u1",
+    "s8<0.5>",
+    "s8<0.5, zero=1>",
+    "s8<2^1>",
+    "s8[0, 1]",
+    "s8[1, 0]",
+    "s8{-1, 1}",
+    "s8{-2, 0, 127}<0.5>",
+    "s8{1, 0}",
+]
 _MODES = ["none", "wrap", "saturate", "saturate_symmetric", "bias_khwc", "float32", "shift", "neon", "floor", "true"]
 _WORDS = [*_TYPES, *_MODES, *(op.mnemonic for op in OPS), "x", "in", "hist", "storage", "partial", "loc", "return"]
 

@@ -24,7 +24,7 @@ from qir.ir import Graph, Op
 from qir.target import Target
 from qir.testing import Report, check_backend, golden_texts, replay
 from qir.testing.border import nearest_float32, round_fraction
-from qir.testing.maker import Widths, width_pairs
+from qir.testing.maker import Widths, format_widths, width_pairs
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "tests" / "plugin_package" / "src" / "qir_chip20" / "kernels.py"
@@ -104,7 +104,15 @@ def test_of_many_widths_the_ends_and_the_default_are_run() -> None:
     pairs = width_pairs(Backend("fpga", ROOT / "backends" / "fpga" / "target.toml").target())
     low = min(p.activations for p in pairs)
     assert low <= 2
-    assert pairs == [Widths(8, 16), Widths(2, low), Widths(2, 16), Widths(16, low), Widths(16, 16)]
+    assert pairs == [Widths(8, 16), Widths(1, low), Widths(1, 16), Widths(16, low), Widths(16, 16)]
+
+
+def test_of_every_format_the_widest_weights_are_run() -> None:
+    assert format_widths(chip.target()) == []
+    fpga = Backend("fpga", ROOT / "backends" / "fpga" / "target.toml")
+    assert list(map(str, format_widths(fpga.target()))) == ["5x16 power_of_two", "6x16 codebook"]
+    found = {c.name: c.outputs for c in check_backend(fpga).checks if c.name.startswith("sums")}
+    assert min(found[f"sums {widths}"] for widths in format_widths(fpga.target())) > 10_000
 
 
 # Wrong kernels, planted in a copy of the chip's

@@ -21,6 +21,7 @@ LAYERS = (
         "types",
         "fixed_point",
         "levels",
+        "packing",
         "integer_functions",
         "integer_functions_16",
         "interval",

@@ -197,9 +197,13 @@ def test_a_codebook_of_few_values_holds_them() -> None:
     assert codebook(np.tile(values, 9) * 0.75, 2, None, powers=True).levels == (-96, -15, 2, 68)
 
 
-def test_a_codebook_of_zeros() -> None:
-    found = codebook(np.zeros((2, 3), np.float32), 2, 0)
-    assert 0 in (found.levels or ())
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [([[0.0, 0.0]], (0, 1)), ([[3.0, 3.0]], (0, 127)), ([[-1.0], [-5.0]], (-127, 0)), ([[]], (0, 1))],
+)
+def test_a_codebook_has_two_levels_at_least(data: list[list[float]], levels: tuple[int, ...]) -> None:
+    found = codebook(np.array(data, np.float32), 4, 0)
+    assert (found.levels, found.stored_bits) == (levels, 1)
 
 
 # Scales
@@ -231,7 +235,7 @@ def test_scales_of_levels_leave_little_more_error_than_the_best_of_300(kind: Int
         assert error <= whole
         totals += error, whole, min(others)
     assert totals[0] < 1.1 * totals[2]
-    assert totals[0] < 0.95 * totals[1]
+    assert totals[0] < 0.98 * totals[1]
     powers = level_scales(data, kind, axis, powers=True)
     assert np.array_equal(np.exp2(np.round(np.log2(powers))), powers)
     assert (np.abs(np.log2(powers / scales)) < 1).all()
@@ -248,7 +252,7 @@ def test_weights_of_zeros_stay_small_where_no_level_is_zero() -> None:
 
 def test_the_storage_of_every_width_and_format() -> None:
     target = load_target("fpga")
-    data = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    data = np.random.default_rng(0).normal(size=(4, 500)).astype(np.float32)
     for bits in target.weights.bits:
         for item in target.weights.formats_of(bits):
             found = weight_storage(target, bits, item, data, 0)

@@ -20,7 +20,7 @@ from qir.ir import Graph, Stage, Value
 from qir.ops.constant import Const
 from qir.ops.float_elementwise import Add, Relu
 from qir.parser import parse
-from qir.printer import number_text, op_text, print_graph, resources
+from qir.printer import number_text, op_text, print_graph, resource_names, resources
 from qir.rewrite import GraphBuilder
 from qir.serialization import read_graph, sidecar_name, whole_folder, write_bytes, write_graph
 from qir.types import BATCH, S8, TensorType, affine, fixed_point
@@ -177,7 +177,16 @@ MALFORMED = [
     ("\n}\n", "\n§", "expected ',', found 'end of text'"),
     ("\n}\n", "\n} §}\n", "expected the end of the text, found '}'"),
     ("\n}\n", "\n}\nresources {@w : s8 2 §[1]}", "expected 'sha256', found '['"),
-    ("\n}\n", "\n}\nresources {@w : §s9}", "unknown element type 's9' of a resource"),
+    ("\n}\n", "\n}\nresources {@w : §t9}", "expected an element type such as f32, s8 or u4, found 't9'"),
+    ("\n}\n", "\n}\nresources {@w : s9 §Nx3}", "a resource has no open dimension, found 'Nx3'"),
+    ("\n}\n", "\n}\nresources {@w : §s9{1}}", "an integer type has 2 to 64 levels, not 1"),
+    (": 2x1 x s8", ": 2x1 x §s8{}", "an integer type has 2 to 64 levels, not 0"),
+    (": 2x1 x s8", ": 2x1 x §s8{2, 1}", "levels ascend, and [2, 1] do not"),
+    (": 2x1 x s8", ": 2x1 x §s4{-9, 1}", "storage bounds [-9, 1] do not fit s4, which holds [-8, 7]"),
+    (": 2x1 x s8", ": 2x1 x s8{1, §a}", "expected an integer, found 'a'"),
+    (": 2x1 x s8", ": 2x1 x s8{1 §2}", "expected ',', found '2'"),
+    (": 2x1 x s8", ": 2x1 x §s8{1, 2}<0.5, zero=1>", "levels have no zero point but 0"),
+    (": 2x1 x s8", ": 2x1 x s8{1, 2}§[1, 2]", "expected a result such as %0, or return, found '['"),
     ("\n}\n", '\n}\nresources {@w : s8 sha256="" §@w : s8 sha256=""}', "@w is listed twice"),
     ("\n}\n", "\n}\nresources {} §}", "expected the end of the text, found '}'"),
 ]
@@ -240,7 +249,7 @@ def test_files(tmp_path: Path) -> None:
     graph = with_large_constant()
     write_graph(graph, tmp_path / "a.qir")
     write_graph(graph.with_changes(name="b"), tmp_path / "b.qir")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.qir", "b.qir", sidecar_name(resources(graph))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.qir", "b.qir", sidecar_name(resource_names(graph))]
     assert read_graph(tmp_path / "a.qir") == graph
     assert (tmp_path / "a.qir").stat().st_mode & 0o777 == 0o666 & ~_umask()
     write_graph(with_large_constant(LARGE + 1), tmp_path / "c.qir", 'odd "name"')

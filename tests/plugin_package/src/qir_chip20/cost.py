@@ -29,4 +29,4 @@ def _bytes(op: Op) -> int:
     if not isinstance(op, Const):
         return 0
     storage = storage_of(op.result.type.element)
-    return ceil(op.value.size * (storage.bits if storage is not None else 32) / 8)
+    return ceil(op.value.size * (storage.stored_bits if storage is not None else 32) / 8)
