@@ -71,8 +71,8 @@ def _means(walk: LayerWalk, number: int, level: list[Layer]) -> tuple[dict[Value
     for part in walk.inputs(number):
         for values, side in zip(part.sides, sums, strict=True):
             for source in sources:
-                real = values[source].astype(np.float64)
-                added = real.sum(axis=0, keepdims=True) if source.type.is_batched else real * part.size
+                wide = values[source].astype(np.float64)
+                added = wide.sum(axis=0, keepdims=True) if source.type.is_batched else wide * part.size
                 side[source] = side[source] + added if source in side else added
     real, rounded = ({v: array / walk.samples for v, array in total.items()} for total in sums)
     return real, rounded
