@@ -1,8 +1,8 @@
 """Integers near reals where distance is a quadratic form, and not the sum of squares: rounding each alone is not best.
 
 Finding the nearest is the closest vector problem. Two heuristics follow each other here: rounding in turn, each number
-bearing the errors of those before it (Babai, "On Lovász' lattice reduction and the nearest lattice point problem", 1986;
-for weights it is GPTQ, Frantar et al., 2022), and coordinate descent, which moves one integer at a time.
+bearing the errors of those before it (Babai, "On Lovász' lattice reduction and the nearest lattice point problem",
+1986; for weights it is GPTQ, Frantar et al., 2022), and coordinate descent, which moves one integer at a time.
 """
 
 from __future__ import annotations

@@ -20,18 +20,26 @@ _POSITIONS: Final = 1 << 16
 _POSITIONS_PER_WEIGHT: Final = 16
 
 
+def has_rows(layer: Layer) -> bool:
+    """Whether `rows_of` and `patches` take a layer: not a MatMul with matrices of its own for parts of its input, nor
+    one whose input has no batch.
+    """
+    source, weight = layer.operands[:2]
+    return source.type.is_batched and (isinstance(layer, Conv) or weight.type.rank == 2)
+
+
 def rows_of(layer: Layer, weight: Tensor) -> Tensor:
     """Weights as [groups, outputs, inputs]: [M, C / groups, kernel] of Conv, [K, N] of MatMul."""
     if isinstance(layer, Conv):
-        return weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1)
-    return weight.T[None]
+        return np.reshape(weight, (layer.groups, weight.shape[0] // layer.groups, -1))
+    return np.asarray(weight.T[None])
 
 
 def from_rows(layer: Layer, rows: Tensor) -> Tensor:
     """The inverse of `rows_of`."""
     if isinstance(layer, Conv):
-        return rows.reshape(layer.operands[1].type.concrete(1))
-    return rows[0].T
+        return np.reshape(rows, layer.operands[1].type.concrete(1))
+    return np.asarray(rows[0].T)
 
 
 def positions_of(layer: Layer) -> int:
@@ -88,8 +96,9 @@ class Moments:
         self._x += x.sum(axis=1, keepdims=True)
         self._y += y.sum(axis=1, keepdims=True)
         turned = y.transpose(0, 2, 1)
-        self._yx += turned @ x
-        self._yy += turned @ y
+        added = turned @ y
+        self._yy += added
+        self._yx += added if part.real is part.rounded else turned @ x
 
     @property
     def means(self) -> tuple[Vector, Vector]:

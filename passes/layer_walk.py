@@ -30,7 +30,7 @@ from qir.passes.lowering.weight_only import block_axis, quantize_blocks, uses_we
 from qir.passes.weight_formats import bias_type, scale_of_type
 from qir.rewrite import Rewriter, live_ops, map_values, rewrite
 from qir.target import Target
-from qir.types import F32, AffineType, FixedPointType, TensorType, is_quantized, scale_array
+from qir.types import F32, AffineType, ElementType, FixedPointType, QuantizedType, TensorType, is_quantized, scale_array
 
 Tensor = npt.NDArray[Any]
 Layer = Conv | MatMul
@@ -50,19 +50,14 @@ def layers_of(graph: Graph) -> list[Layer]:
     ]
 
 
-def output_axis(layer: Layer) -> int:
-    """The axis of weights along which output channels lie."""
-    return 0 if isinstance(layer, Conv) else layer.operands[1].type.rank - 1
-
-
-def scales_of(value: Value) -> npt.NDArray[np.float32]:
-    """The scale(s) of a quantized value."""
+def quantized_element(value: Value) -> QuantizedType:
+    """The element type of an operand of a layer."""
     element = value.type.element
     assert isinstance(element, AffineType | FixedPointType)
-    return scale_array(element).astype(np.float32)
+    return element
 
 
-def rounded_weight(layer: Layer, data: Tensor, target: Target) -> Tensor:
+def _rounded_weight(layer: Layer, data: Tensor, target: Target) -> Tensor:
     """Weights as the program has them, in float32."""
     weight = layer.operands[1]
     if uses_weights_alone(target, weight) and target.weight_only is not None:
@@ -70,21 +65,24 @@ def rounded_weight(layer: Layer, data: Tensor, target: Target) -> Tensor:
         integers, scales = quantize_blocks(data, axis, contract.block, contract.bits[0])
         spread = np.repeat(scales, contract.block, axis=axis).take(range(data.shape[axis]), axis=axis)
         return (integers.astype(np.float32) * spread).astype(np.float32)
-    return dequantize_array(weight_integers(weight, data), weight.type.element)
+    return dequantize_array(integers_of(data, weight.type.element), weight.type.element)
 
 
-def weight_integers(weight: Value, data: Tensor) -> npt.NDArray[np.int64]:
-    """The integers that legalize makes of weights which have one grid, or one a channel."""
-    return quantize_array(data.astype(np.float32), weight.type.element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY)
+def integers_of(data: Tensor, element: ElementType) -> npt.NDArray[np.int64]:
+    """The integers that legalize makes of weights in a type."""
+    return quantize_array(data.astype(np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY)
 
 
-def with_own_parameters(graph: Graph, target: Target) -> Graph:
-    """The graph in which each layer has weights and a bias that nothing else reads; a bias of zeros where it had none.
+def with_own_parameters(graph: Graph, target: Target, *, bias: bool = True) -> Graph:
+    """The graph in which each layer has weights and bias that nothing else reads; the same object where all have.
 
-    The same object where all have.
+    With `bias`, a layer that had none gets one of zeros.
     """
     readers = sole_readers(graph)
-    lacking = {op for op in layers_of(graph) if len(op.operands) < 3 or any(v not in readers for v in op.operands[1:])}
+    fewest = 3 if bias else 2
+    lacking = {
+        op for op in layers_of(graph) if len(op.operands) < fewest or any(v not in readers for v in op.operands[1:])
+    }
     if not lacking:
         return graph
 
@@ -99,7 +97,7 @@ def with_own_parameters(graph: Graph, target: Target) -> Graph:
                 owned.append(copy)
             else:
                 owned.append(rewriter.get(old))
-        if len(owned) < 3:
+        if len(owned) < fewest:
             owned.append(_zero_bias(rewriter, op, target))
         replace_chain(rewriter, op, op, tuple(owned), clip_of(op))
         return True
@@ -109,7 +107,7 @@ def with_own_parameters(graph: Graph, target: Target) -> Graph:
 
 def _zero_bias(rewriter: Rewriter, layer: Layer, target: Target) -> Value:
     name = rewriter.fresh(f"{layer.result.name}.bias")
-    source, scales = scale_of_type(layer.operands[0].type), scales_of(layer.operands[1])
+    source, scales = scale_of_type(layer.operands[0].type), scale_array(quantized_element(layer.operands[1]))
     channels = layer.result.type.shape[1 if isinstance(layer, Conv) else -1]
     kind = TensorType((channels,), bias_type(layer, source, scales, bias_storage(target), target, name))
     own = Value(name, kind, Interval(0.0, 0.0))
@@ -159,13 +157,15 @@ class LayerWalk:
     `inputs` gives what it reads, `set_weight` and `set_bias` state what its layers hold for those behind it. Weights
     and biases that are not set are the graph's, rounded.
 
+    Without `rounded`, the walk is in floating point alone, and what is rounded is the same.
+
     Between levels, the values that ops ahead still read are held, so that each op runs once over the samples in
     floating point and once rounded. They take up to 2 GiB; samples beyond are run again from the inputs at each level.
 
     Raises CalibrationError for no feeds, and for those that can be walked only once or do not fit.
     """
 
-    def __init__(self, graph: Graph, target: Target, context: PassContext, name: str) -> None:
+    def __init__(self, graph: Graph, target: Target, context: PassContext, name: str, *, rounded: bool = True) -> None:
         self._feeds, self._name, self._progress = _feeds(context, name), name, context.progress
         self._graph = graph
         self._real = map_values(
@@ -175,11 +175,12 @@ class LayerWalk:
         self._segments, self.levels = _segments(graph, layers)
         self._last_use = {v: op for segment in self._segments for op in segment for v in op.operands}
         constants = {v: a.data for v, a in graph.constants.items()}
-        self._constants = {Stage.FLOAT: constants, Stage.TYPED: {v: on_grid(a, v) for v, a in constants.items()}}
-        for layer in layers:
-            weight = layer.operands[1]
-            self.set_weight(layer, rounded_weight(layer, constants[weight], target))
-        self._held: dict[int, tuple[Values, Values]] = {}  # by the number of the part
+        self._constants = {Stage.FLOAT: constants}  # of each stage that is walked, those that its ops read
+        if rounded:
+            self._constants[Stage.TYPED] = {v: on_grid(a, v) for v, a in constants.items()}
+            for layer in layers:
+                self.set_weight(layer, _rounded_weight(layer, constants[layer.operands[1]], target))
+        self._held: dict[int, list[Values]] = {}  # by the number of the part, at each stage
         self._done = 0
         self.samples = sum(self._size(part) for _, part in self._parts())
         if not self.samples:
@@ -216,7 +217,7 @@ class LayerWalk:
             for segment in self._segments[first : level + 1]:
                 for stage, values in zip(self._constants, sides, strict=True):
                     self._run(segment, stage, values)
-            yield Part(index, self._size(part), *sides)
+            yield Part(index, self._size(part), sides[0], sides[-1])
             if level == len(self.levels) - 1:
                 continue
             taken += sum(a.nbytes for values in sides for a in values.values())
@@ -236,12 +237,11 @@ class LayerWalk:
     def _size(self, part: Mapping[str, Tensor]) -> int:
         return next((len(part[v.name]) for v in self._graph.inputs if v.type.is_batched), 1)
 
-    def _entering(self, part: Mapping[str, Tensor]) -> tuple[Values, Values]:
-        real, rounded = (
+    def _entering(self, part: Mapping[str, Tensor]) -> list[Values]:
+        return [
             {v: a for v, a in entering(self._graph.with_changes(stage=stage), part).items() if v in self._last_use}
             for stage in self._constants
-        )
-        return real, rounded
+        ]
 
     def _run(self, segment: list[Op], stage: Stage, values: Values) -> None:
         """Run ops; of the values, only what ops ahead read stays."""

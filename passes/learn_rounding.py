@@ -17,30 +17,29 @@ import numpy.typing as npt
 from qir.errors import PassError
 from qir.ir import Graph, Stage, Value
 from qir.ops.fixed_rescale import dequantize_array
-from qir.ops.float_nn import MatMul
 from qir.pass_manager import Pass, PassContext
 from qir.passes.lattice import distance, nearest_integers
-from qir.passes.layer_inputs import Moments, from_rows, rows_of
+from qir.passes.layer_inputs import Moments, from_rows, has_rows, rows_of
 from qir.passes.layer_walk import (
     Layer,
     LayerWalk,
     Tensor,
+    integers_of,
     layers_of,
-    scales_of,
-    weight_integers,
+    quantized_element,
     with_constants,
     with_own_parameters,
 )
 from qir.passes.lowering.weight_only import uses_weights_alone
 from qir.target import Target
-from qir.types import storage_of, zero_array
+from qir.types import scale_array, zero_array
 
 Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class LearnRounding(Pass):
-    """Chooses the integers of the weights of each Conv and MatMul so that its output over the calibration feeds is near.
+    """Chooses the integers of the weights of each Conv and MatMul so that its output over the feeds is near.
 
     For every output channel that is the least E[(w x - v y - c)^2] over the allowed integers of v and over c, which is
     added to the bias: w are the weights, x the inputs in floating point, v the rounded weights, y the inputs behind
@@ -54,14 +53,14 @@ class LearnRounding(Pass):
     others. Weights that are quantized alone by blocks stay as they are, since legalize makes their scales anew, as do
     MatMul's weights of rank 3 and more and those that meet an input without a batch.
 
-    Raises PassError for a damping that is not above 0, CalibrationError for no feeds, and for those that can be walked only once
-    or do not fit.
+    Raises PassError for a damping that is not above 0, CalibrationError for no feeds, and for those that can be walked
+    only once or do not fit.
     """
 
     name: ClassVar[str] = "learn-rounding"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.TYPED})
     ensures: ClassVar[Stage | None] = Stage.TYPED
-    damping: float = 0.01
+    damping: float = 0.03
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < math.inf:
@@ -99,9 +98,7 @@ class LearnRounding(Pass):
 
     def _learned(self, layer: Layer, walk: LayerWalk, moments: Moments) -> _Learned:
         """What becomes of one layer. In units of its steps, the metric is the same for all outputs of a group."""
-        weight = layer.operands[1]
-        element, storage = weight.type.element, storage_of(weight.type.element)
-        assert storage is not None
+        element = quantized_element(layer.operands[1])
         real = walk.weight(layer, Stage.FLOAT)
         rows = rows_of(layer, real).astype(np.float64)
         crossed, metric = moments.covariances
@@ -111,11 +108,11 @@ class LearnRounding(Pass):
         best = np.linalg.solve(metric, (crossed + damped) @ rows.transpose(0, 2, 1)).transpose(0, 2, 1)
         scales, zeros = (
             np.broadcast_to(a, rows[..., 0].size).reshape(*rows.shape[:2], 1)
-            for a in (scales_of(weight).astype(np.float64), zero_array(element))
+            for a in (scale_array(element), zero_array(element))
         )
-        wanted = best / scales + zeros
-        start = rows_of(layer, weight_integers(weight, real)).astype(np.float64)
-        found = nearest_integers(wanted, metric, start, storage)
+        wanted: Vector = np.asarray(best / scales + zeros, np.float64)
+        start = rows_of(layer, integers_of(real, element)).astype(np.float64)
+        found = nearest_integers(wanted, metric, start, element.storage)
         before, after = (distance(q, wanted, metric) for q in (start, found))
         reals = dequantize_array(from_rows(layer, found).astype(np.int64), element)
         source, rounded = moments.means
@@ -139,12 +136,7 @@ class _Learned:
 
 
 def _learns(layer: Layer, target: Target) -> bool:
-    source, weight = layer.operands[:2]
-    return (
-        source.type.is_batched
-        and not uses_weights_alone(target, weight)
-        and not (isinstance(layer, MatMul) and weight.type.rank > 2)
-    )
+    return has_rows(layer) and not uses_weights_alone(target, layer.operands[1])
 
 
 def _mean_variance(covariance: Vector) -> Vector:
