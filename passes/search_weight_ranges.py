@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from qir.errors import PassError
 from qir.ir import Graph, Stage, Value
 from qir.ops.fixed_rescale import dequantize_array
 from qir.pass_manager import Pass, PassContext
@@ -26,7 +25,7 @@ from qir.passes.layer_walk import (
     with_own_parameters,
 )
 from qir.passes.lowering.weight_only import uses_weights_alone
-from qir.passes.weight_formats import WeightForm, bias_type, scale_of_type
+from qir.passes.weight_formats import WeightForm, bias_type, check_percent, scale_of_type
 from qir.target import Scales, Scheme, Target
 from qir.types import QuantizedType, TensorType, scale_array, storage_of
 
@@ -70,12 +69,7 @@ class SearchWeightRanges(Pass):
     percent: float | None = None
 
     def __post_init__(self) -> None:
-        if self.percent is None:
-            return
-        if self.method is not Method.PERCENTILE:
-            raise PassError(f"percent={self.percent} is for method=percentile, not for method={self.method}")
-        if not 0 < self.percent <= 100:
-            raise PassError(f"percent={self.percent} must be over 0 and at most 100")
+        check_percent(self.percent, "method", self.method)
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph with other types of weights and biases; the same object where all stay."""
@@ -183,14 +177,15 @@ def _search(form: WeightForm, cost: Cost) -> Ends:
 
 
 def _percentile(form: WeightForm, percent: float) -> Ends:
-    """The least range that leaves out at most so many weights: by magnitude, or as many on either side."""
+    """The least range that leaves out at most the rest of the weights: by magnitude, or half of it on either side."""
+
+    def reach(reals: Vector, share: float) -> Vector:
+        return np.maximum(np.quantile(reals, share, axis=form.others, method="inverted_cdf"), 0.0)
+
     low, high = form.ends()
-    data, axes = form.data.data.astype(np.float64), form.others
+    data = form.data.data.astype(np.float64)
     if form.target.weights.scheme is Scheme.AFFINE:
-        share = (100 - percent) / 200
-        least = np.quantile(data, share, axis=axes, method="lower")
-        greatest = np.quantile(data, 1 - share, axis=axes, method="higher")
-    else:
-        greatest = np.quantile(np.abs(data), percent / 100, axis=axes, method="higher")
-        least = -greatest
-    return np.maximum(low, np.minimum(least, 0.0)), np.minimum(high, np.maximum(greatest, 0.0))
+        share = (100 + percent) / 200
+        return -reach(-data, share), reach(data, share)
+    largest = reach(np.abs(data), percent / 100)
+    return np.maximum(low, -largest), np.minimum(high, largest)

@@ -1,7 +1,8 @@
 """select-q-formats: scale and zero point of every value, under the scheme that the target asks for.
 
-Activations are searched on their histograms; weights get the scale of their largest magnitude; biases the product of
-input and weight scale. Values that an op only passes on share one format, as do the operands of a concatenation.
+Activations are searched on their histograms; weights get the scale of their largest magnitude, which
+search-weight-ranges may clip; biases the product of input and weight scale. Values that an op only passes on share one
+format, as do the operands of a concatenation.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from qir.errors import CalibrationError, PassError
 from qir.fixed_point import Overflow
 from qir.integer_functions_16 import OUTPUT_SCALE
 from qir.ir import Graph, Op, Stage, Value
+from qir.observers import Percentile
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
 from qir.passes.accumulation import excess_bits
-from qir.passes.weight_formats import WeightForm, bias_type, scale_of_type
+from qir.passes.weight_formats import WeightForm, bias_type, check_percent, scale_of_type
 from qir.rewrite import map_values
 from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
 from qir.target import FunctionRule, Scales, Scheme, Target
@@ -46,16 +48,27 @@ class Search(enum.StrEnum):
 
     MSE = "mse"  # the least expected squared error over the histogram
     RANGE = "range"  # the range that range-analysis left
+    PERCENTILE = "percentile"  # the range of so many percent of what was observed
 
 
 @dataclass(frozen=True)
 class SelectQFormats(Pass):
-    """Choose a quantized type for every value that has a storage. `search` is `mse` (default) or `range`."""
+    """Choose a quantized type for every value that has a storage. `search` is `mse` (default), `range` or `percentile`.
+
+    `percent` is for `percentile` alone, which leaves out half of the rest on either side, 0.005 percent where it is not
+    given. Where results wrap, nothing that was observed is left out.
+
+    Raises PassError for a `percent` outside (0, 100] or with another search.
+    """
 
     name: ClassVar[str] = "select-q-formats"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.RANGED})
     ensures: ClassVar[Stage | None] = Stage.TYPED
     search: Search = Search.MSE
+    percent: float | None = None
+
+    def __post_init__(self) -> None:
+        check_percent(self.percent, "search", self.search)
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph at stage `typed`; histograms and storages have served and are dropped."""
@@ -97,10 +110,12 @@ class SelectQFormats(Pass):
                     return affine(storage, scale, zero)
         observed = [Histogram.from_array(v.histogram.data) for v in members if v.histogram is not None]
         ranges = [v.range for v in members if v.range is not None]
-        if not (observed if self.search is Search.MSE and observed else ranges):
+        if not (observed if self.search is not Search.RANGE and observed else ranges):
             raise PassError(f"%{members[0].name} has neither histogram nor range; run calibrate and range-analysis")
-        merged = functools.reduce(Histogram.merge, observed) if self.search is Search.MSE and observed else None
+        merged = functools.reduce(Histogram.merge, observed) if self.search is not Search.RANGE and observed else None
         lo, hi = (min(r.lo for r in ranges), max(r.hi for r in ranges)) if ranges else (0.0, 0.0)
+        if merged is not None and self.search is Search.PERCENTILE and _clips(target):
+            (lo, hi), merged = Percentile(self.percent or Percentile().percent).range(merged), None
         try:
             if target.activations.scales is Scales.POWER_OF_TWO:
                 return fixed_point(storage, _exponent(storage, merged, (lo, hi), target))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.arrays import Array
+from qir.errors import PassError
 from qir.fixed_point import floor_log2, round_half_away
 from qir.ops.float_nn import Conv, MatMul
 from qir.passes.accumulation import least_weight_scale, reach, sum_scale
@@ -116,6 +117,16 @@ def _raised(steps: npt.ArrayLike, least: npt.NDArray[Any]) -> npt.NDArray[np.flo
     filler = positive.min() if positive.size else 1.0
     filled = np.where(asked > 0, scales, np.maximum(scales, filler))
     return np.asarray(np.maximum(filled, float(np.finfo(np.float32).tiny)), np.float32)
+
+
+def check_percent(percent: float | None, option: str, chosen: str) -> None:
+    """Raises PassError for a percentage outside (0, 100], and where `option` is anything but `percentile`."""
+    if percent is None:
+        return
+    if chosen != "percentile":
+        raise PassError(f"percent={percent} is for {option}=percentile, not for {option}={chosen}")
+    if not 0 < percent <= 100:
+        raise PassError(f"percent={percent} must be over 0 and at most 100")
 
 
 def bias_type(
