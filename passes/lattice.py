@@ -2,11 +2,13 @@
 
 Finding the nearest is the closest vector problem. Two heuristics follow each other here: rounding in turn, each number
 bearing the errors of those before it (Babai, "On Lovász' lattice reduction and the nearest lattice point problem",
-1986; for weights it is GPTQ, Frantar et al., 2022), and coordinate descent, which moves one integer at a time.
+1986; for weights it is GPTQ, Frantar et al., 2022), and coordinate descent, which moves one integer at a time. They end
+where no integer moves alone, which need not be the nearest, so that several orders are tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -17,6 +19,7 @@ from qir.types import IntegerType
 Vector = npt.NDArray[np.float64]
 
 _MOST_SWEEPS: Final = 50
+_TURNS: Final = 4  # orders of rounding in turn: 8 gain another 3 % or so of the distance
 
 
 def nearest_allowed(reals: Vector, storage: IntegerType) -> Vector:
@@ -35,19 +38,31 @@ def nearest_integers(wanted: Vector, metric: Vector, start: Vector, storage: Int
 
     The metric is positive definite. No single integer of the result can move and make it better.
     """
-    descended = _descended(wanted, metric, start, storage)
-    turn = _descended(wanted, metric, _rounded_in_turn(wanted, metric, storage), storage)
-    better = distance(turn, wanted, metric) < distance(descended, wanted, metric)
-    return np.where(better[..., None], turn, descended)
+    found = _descended(wanted, metric, start, storage)
+    least = distance(found, wanted, metric)
+    for order in _orders(metric):
+        other = _descended(wanted, metric, _rounded_in_turn(wanted, metric, order, storage), storage)
+        reached = distance(other, wanted, metric)
+        found = np.where((reached < least)[..., None], other, found)
+        least = np.minimum(reached, least)
+    return found
 
 
-def _rounded_in_turn(wanted: Vector, metric: Vector, storage: IntegerType) -> Vector:
-    """Columns of the largest weight in the metric first; each takes its real less the errors made before it.
+def _orders(metric: Vector) -> Iterator[npt.NDArray[np.int64]]:
+    """Orders of the columns, the last one first: by weight in the metric, then shuffled, the same in every run."""
+    diagonal = np.diagonal(metric, axis1=1, axis2=2)
+    yield np.argsort(diagonal, axis=-1, kind="stable")
+    random = np.random.default_rng(0)
+    for _ in range(_TURNS - 1):
+        yield np.broadcast_to(random.permutation(diagonal.shape[-1]), diagonal.shape)
+
+
+def _rounded_in_turn(wanted: Vector, metric: Vector, order: npt.NDArray[np.int64], storage: IntegerType) -> Vector:
+    """In this order of columns [groups, columns], the last first, each takes its real less the errors made before it.
 
     With A = L L^T, the distance is the sum of the squares of L^T (q - t), whose last entry has one error in it, the one
     before two, and so on: each is made as small as it can be.
     """
-    order = np.argsort(np.diagonal(metric, axis1=1, axis2=2), axis=-1, kind="stable")
     factor = np.linalg.cholesky(np.take_along_axis(np.take_along_axis(metric, order[:, :, None], 1), order[:, None], 2))
     targets = np.take_along_axis(wanted, order[:, None], 2)
     found, errors = np.empty_like(targets), np.zeros_like(targets)
