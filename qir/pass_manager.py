@@ -40,8 +40,8 @@ def no_progress(task: str, done: int, total: int) -> None:
 class PassContext:
     """What passes may read and report to: the target, calibration feeds, diagnostics, notes and progress.
 
-    `calibration` is any iterable of feeds, walked once by calibrate and several times by correct-bias, or what was
-    observed already.
+    `calibration` is any iterable of feeds, walked once by calibrate and several times by correct-bias,
+    learn-rounding and search-weight-ranges, or what was observed already.
     """
 
     target: Target | None = None
