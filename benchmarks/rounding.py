@@ -1,7 +1,9 @@
 """Top-1 accuracy with weights of few bits, with and without each method of better rounding, as Markdown tables.
 
-On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default
-width. fm_mobile has Relu6, across which no channel can be rescaled: only those of its residual sums are.
+On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default width.
+equalize is equalize-cross-layer, search is search-weight-ranges by outputs, bias is correct-bias, learn is
+learn-rounding, which corrects biases itself; the last column is the model in float32. A width that the target's weights
+lack has no row. fm_mobile has Relu6, across which no channel can be rescaled: only those of its residual sums are.
 """
 
 from __future__ import annotations
@@ -16,35 +18,59 @@ from support import models
 from support.fashion_mnist import calibration_images
 
 import qir
-from qir.pass_manager import Progress
+from qir.pass_manager import Pass, Progress
 from qir.passes.correct_bias import CorrectBias
 from qir.passes.equalize_cross_layer import EqualizeCrossLayer
+from qir.passes.learn_rounding import LearnRounding
+from qir.passes.search_weight_ranges import Method, SearchWeightRanges
 from qir.report import progress_bar
 
-_EQUALIZED: Final = qir.default_pipeline().insert_after("eliminate-dead-code", EqualizeCrossLayer())
-_METHODS: Final = {
-    "as it is": qir.default_pipeline(),
-    "equalize-cross-layer": _EQUALIZED,
-    "correct-bias": qir.default_pipeline().insert_after("select-q-formats", CorrectBias()),
-    "both": _EQUALIZED.insert_after("select-q-formats", CorrectBias()),
+_SEARCH: Final = SearchWeightRanges(Method.OUTPUT)
+_METHODS: Final[dict[str, tuple[Pass, ...]]] = {
+    "as it is": (),
+    "equalize": (EqualizeCrossLayer(),),
+    "search": (_SEARCH,),
+    "bias": (CorrectBias(),),
+    "search, bias": (_SEARCH, CorrectBias()),
+    "learn": (LearnRounding(),),
+    "search, learn": (_SEARCH, LearnRounding()),
+    "all": (EqualizeCrossLayer(), _SEARCH, LearnRounding(), CorrectBias()),
 }
 
 
+def pipeline_of(passes: tuple[Pass, ...]) -> qir.Pipeline:
+    """The default pipeline with these, each where it belongs, in this order."""
+    pipeline = qir.default_pipeline()
+    for item in reversed(passes):
+        place = "eliminate-dead-code" if isinstance(item, EqualizeCrossLayer) else "select-q-formats"
+        pipeline = pipeline.insert_after(place, item)
+    return pipeline
+
+
 def rows(
-    name: str, target: str, widths: list[int], count: int, progress: Progress
+    name: str, target: qir.Target, widths: list[int], count: int, progress: Progress
 ) -> Iterator[tuple[int, list[float]]]:
-    """For each width of weights, the accuracy by each method on so many images."""
+    """For each width of weights, the accuracy by each method on so many images, and that of float32."""
     images, labels = (a[:count] for a in models.labelled_images())
     graph, calibration = qir.import_onnx(models.PATHS[name]), [{"x": calibration_images()}]
+
+    def accuracy(logits: models.Array) -> float:
+        return float(np.mean(logits.argmax(axis=1) == labels))
+
+    real = accuracy(np.concatenate([qir.interpret(graph, {"x": x})["logits"] for x in np.array_split(images, 10)]))
     for bits in widths:
         found = []
-        for pipeline in _METHODS.values():
+        for passes in _METHODS.values():
             program = qir.compile(
-                graph, target, calibration, pipeline=pipeline, overrides={"*": f"w{bits}"}, progress=progress
+                graph,
+                target,
+                calibration,
+                pipeline=pipeline_of(passes),
+                overrides={"*": f"w{bits}"},
+                progress=progress,
             )
-            classes = program.run({"x": images})["logits"].argmax(axis=1)
-            found.append(float(np.mean(classes == labels)))
-        yield bits, found
+            found.append(accuracy(program.run({"x": images})["logits"]))
+        yield bits, [*found, real]
 
 
 def main() -> int:
@@ -52,13 +78,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(models.PATHS), default=["fm_cnn", "fm_mobile"])
     parser.add_argument("--target", default="asic", help="one whose weights take these widths")
-    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4, 3, 2])
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 6, 4, 3, 2, 1])
     parser.add_argument("--images", type=int, default=10_000, help="how many of the 10,000 test images (all)")
     arguments = parser.parse_args()
-    for name in arguments.models:
-        print(f"| {name}, {arguments.target}: bits | {' | '.join(_METHODS)} |\n|---|{'---|' * len(_METHODS)}")
+    target = qir.load_target(arguments.target)
+    lacking = [bits for bits in arguments.bits if bits not in target.weights.bits]
+    for bits in lacking:
+        listed = ", ".join(map(str, target.weights.bits))
+        print(f"no row of {bits} bits: {target.name} has weights of {listed} bits", file=sys.stderr)
+    widths = [bits for bits in arguments.bits if bits not in lacking]
+    for name in arguments.models if widths else ():
+        heads = [*_METHODS, "float32"]
+        print(f"| {name}, {target.name}: bits | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
         with progress_bar() as progress:
-            for bits, found in rows(name, arguments.target, arguments.bits, arguments.images, progress):
+            for bits, found in rows(name, target, widths, arguments.images, progress):
                 print(f"| {bits} | {' | '.join(f'{a:.4f}' for a in found)} |", flush=True)
         print(flush=True)
     return 0
