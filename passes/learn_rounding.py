@@ -7,7 +7,6 @@ rounding in turn and coordinate descent instead of gradients: without chance, an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from qir.ir import Graph, Stage, Value
 from qir.ops.fixed_rescale import dequantize_array
 from qir.pass_manager import Pass, PassContext
 from qir.passes.lattice import distance, nearest_integers
-from qir.passes.layer_inputs import Moments, from_rows, has_rows, rows_of
+from qir.passes.layer_inputs import DAMPING, Moments, from_rows, has_rows, rows_of
 from qir.passes.layer_walk import (
     Layer,
     LayerWalk,
@@ -53,18 +52,18 @@ class LearnRounding(Pass):
     others. Weights that are quantized alone by blocks stay as they are, since legalize makes their scales anew, as do
     MatMul's weights of rank 3 and more and those that meet an input without a batch.
 
-    Raises PassError for a damping that is not above 0, CalibrationError for no feeds, and for those that can be walked
+    Raises PassError for a damping outside [1e-6, 1e6], CalibrationError for no feeds, and for those that can be walked
     only once or do not fit.
     """
 
     name: ClassVar[str] = "learn-rounding"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.TYPED})
     ensures: ClassVar[Stage | None] = Stage.TYPED
-    damping: float = 0.03
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < math.inf:
-            raise PassError(f"damping={self.damping} must be above 0 and finite")
+        if not 1e-6 <= self.damping <= 1e6:
+            raise PassError(f"damping={self.damping} must be from 1e-6 to 1e6")
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph with other weights and biases; the same object where no layer has weights to learn."""
@@ -101,11 +100,9 @@ class LearnRounding(Pass):
         element = quantized_element(layer.operands[1])
         real = walk.weight(layer, Stage.FLOAT)
         rows = rows_of(layer, real).astype(np.float64)
-        crossed, metric = moments.covariances
-        damped = _mean_variance(metric) * self.damping * np.eye(rows.shape[-1])
-        metric = metric + damped
+        crossed, metric = moments.covariances(self.damping)
         # Without integers, this is the best there is: the slope is 0.
-        best = np.linalg.solve(metric, (crossed + damped) @ rows.transpose(0, 2, 1)).transpose(0, 2, 1)
+        best = np.linalg.solve(metric, crossed @ rows.transpose(0, 2, 1)).transpose(0, 2, 1)
         scales, zeros = (
             np.broadcast_to(a, rows[..., 0].size).reshape(*rows.shape[:2], 1)
             for a in (scale_array(element), zero_array(element))
@@ -137,9 +134,3 @@ class _Learned:
 
 def _learns(layer: Layer, target: Target) -> bool:
     return has_rows(layer) and not uses_weights_alone(target, layer.operands[1])
-
-
-def _mean_variance(covariance: Vector) -> Vector:
-    """The mean variance of the inputs of each group [groups, 1, 1], or 1 where none of them varies."""
-    found = np.diagonal(covariance, axis1=1, axis2=2).mean(axis=-1)[:, None, None]
-    return np.where(found > 0, found, 1.0)

@@ -14,7 +14,7 @@ from qir.ir import Graph, Stage, Value
 from qir.ops.fixed_rescale import dequantize_array
 from qir.pass_manager import Pass, PassContext
 from qir.passes.lattice import distance
-from qir.passes.layer_inputs import Moments, has_rows, rows_of
+from qir.passes.layer_inputs import DAMPING, Moments, has_rows, rows_of
 from qir.passes.layer_walk import (
     Layer,
     LayerWalk,
@@ -53,10 +53,10 @@ class SearchWeightRanges(Pass):
 
     Tried are the whole range and parts of it down to a sixteenth, of affine weights on both ends and then on either
     alone; the widest of equals is taken. `method=output` weights errors by the covariance of what the weights multiply
-    over the calibration feeds; those without a batch, and of rank 3 and more, count as by `mse`. `percentile` keeps
-    `percent` (99.9) of the weights, of affine ones as much on either side. No scale leaves sums less room than
-    select-q-formats does; the type of the bias follows. What does not get better keeps its type, and weights that are
-    quantized alone by blocks theirs.
+    over the calibration feeds, damped as learn-rounding does by default; weights of rank 3 and more of MatMul, and
+    those that meet an input without a batch, count as by `mse`. `percentile` keeps `percent` (99.9) of the weights, of
+    affine ones as much on either side. No scale leaves sums less room than select-q-formats does; the type of the bias
+    follows. What does not get better keeps its type, and weights that are quantized alone by blocks theirs.
 
     Raises PassError for a `percent` outside (0, 100] or with another method, and, by `output`, CalibrationError for no
     feeds, and for those that can be walked only once or do not fit.
@@ -143,7 +143,7 @@ def _cost(layer: Layer, form: WeightForm, moments: Moments | None) -> Cost:
 
     if moments is None:
         return of_weights
-    metric = moments.covariances[1]
+    metric = moments.covariances(DAMPING)[1]
     rows = rows_of(layer, data).astype(np.float64)
 
     def of_outputs(element: QuantizedType) -> npt.NDArray[Any]:

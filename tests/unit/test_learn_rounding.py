@@ -29,7 +29,7 @@ from qir.passes.pipelines import default_pipeline, parse_pipeline
 from qir.passes.search_weight_ranges import SearchWeightRanges
 from qir.printer import print_graph, resources
 from qir.target import Scheme, Target
-from qir.types import QuantizedType, affine, fixed_point, integer, zero_array
+from qir.types import QuantizedType, affine, fixed_point, integer, scale_array, zero_array
 from qir.verifier import verify
 
 Vector = npt.NDArray[np.float64]
@@ -106,6 +106,19 @@ def test_a_small_layer_is_as_good_as_the_best_of_all_roundings(seed: int) -> Non
     assert np.isclose(found, best).any()
     mean = interpret(after, feeds[0])["y"].mean(axis=0)
     assert np.abs(mean - (x @ weights).mean(axis=0)).max() < 0.1  # a step of the output
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
+def test_inputs_that_do_not_vary_leave_weights_at_the_nearest(value: float) -> None:
+    weights = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
+    graph, feeds = one_layer(weights, np.full((50, 20), value, np.float32))
+    after = learned(graph, feeds)
+    (layer,) = layers_of(after)
+    element = quantized_element(layer.operands[1])
+    assert np.array_equal(integers_of(after.constants[layer.operands[1]].data, element), integers_of(weights, element))
+    rounded = interpret(after, feeds[0])["y"]
+    step = scale_array(quantized_element(layer.result)).max()
+    assert np.abs(rounded - feeds[0]["x"] @ weights).max() <= step
 
 
 def test_the_same_feeds_give_the_same_bits() -> None:
@@ -191,9 +204,9 @@ def test_it_says_what_it_changed_and_how_far_it_is() -> None:
     assert shown == [("learn-rounding", done, 6) for done in range(1, 7)]
 
 
-@pytest.mark.parametrize("damping", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("damping", ["0", "-1", "9e-7", "2e6", "nan", "inf"])
 def test_a_damping_that_does_not_serve_is_refused(damping: str) -> None:
-    with pytest.raises(PassError, match=rf"pass learn-rounding: damping={float(damping)} must be above 0 and finite"):
+    with pytest.raises(PassError, match=rf"pass learn-rounding: damping={float(damping)} must be from 1e-6 to 1e6"):
         parse_pipeline(f"learn-rounding{{damping={damping}}}")
 
 
