@@ -49,8 +49,11 @@ class LearnRounding(Pass):
     excite would else move freely, and with fewer samples than weights the form has no single minimum.
 
     The weights become the reals of their integers, so that legalize finds those again; passes behind this one see no
-    others. Weights that are quantized alone by blocks stay as they are, since legalize makes their scales anew, as do
-    MatMul's weights of rank 3 and more and those that meet an input without a batch.
+    others. What stands in the graph counts as the model in floating point: biases that correct-bias has changed, for
+    weights rounded to nearest, would be wrong, so that it does not stand in front.
+
+    Weights that are quantized alone by blocks stay as they are, since legalize makes their scales anew, as do MatMul's
+    weights of rank 3 and more and those that meet an input without a batch.
 
     Raises PassError for a damping outside [1e-6, 1e6], CalibrationError for no feeds, and for those that can be walked
     only once or do not fit.
