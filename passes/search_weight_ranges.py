@@ -186,6 +186,9 @@ def _percentile(form: WeightForm, percent: float) -> Ends:
     data = form.data.data.astype(np.float64)
     if form.target.weights.scheme is Scheme.AFFINE:
         share = (100 + percent) / 200
-        return -reach(-data, share), reach(data, share)
-    largest = reach(np.abs(data), percent / 100)
-    return np.maximum(low, -largest), np.minimum(high, largest)
+        least, greatest = -reach(-data, share), reach(data, share)
+    else:
+        largest = reach(np.abs(data), percent / 100)
+        least, greatest = np.maximum(low, -largest), np.minimum(high, largest)
+    nothing = (least == 0) & (greatest == 0)  # so many zeros are no range: the whole stays
+    return np.where(nothing, low, least), np.where(nothing, high, greatest)

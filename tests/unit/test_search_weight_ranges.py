@@ -162,6 +162,18 @@ def test_a_percentile_keeps_so_many_weights() -> None:
     np.testing.assert_allclose(scale_array(weight_type(graph)) * 255, 2 * 197, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_a_channel_of_mostly_zeros_keeps_its_range(scheme: Scheme) -> None:
+    weights = np.zeros((100, 2), np.float32)
+    weights[:, 0], weights[7, 1] = np.linspace(1, 2, 100), 1.5
+    target = few_bits(8, scheme=scheme, narrow_range=False)
+    before = one_layer(weights, target)
+    after = searched(before, target, method=Method.PERCENTILE, percent=90)
+    old, new = (scale_array(weight_type(graph)) for graph in (before, after))
+    assert new[0] < old[0]
+    assert new[1] == old[1]
+
+
 def test_what_is_best_already_stays() -> None:
     target = few_bits(2)
     graph = one_layer(np.array([[1.0, -0.5], [-1.0, 0.5]], np.float32), target)
