@@ -160,7 +160,8 @@ class LayerWalk:
     Without `rounded`, the walk is in floating point alone, and what is rounded is the same.
 
     Between levels, the values that ops ahead still read are held, so that each op runs once over the samples in
-    floating point and once rounded. They take up to 2 GiB; samples beyond are run again from the inputs at each level.
+    floating point and once rounded. They take up to 2 GiB; samples beyond are run again from the inputs at each level,
+    so that the feeds must give the same samples in the same order every time.
 
     Raises CalibrationError for no feeds, and for those that can be walked only once or do not fit.
     """
