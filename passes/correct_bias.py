@@ -28,8 +28,9 @@ class CorrectBias(Pass):
     rounded to their formats. Layers are corrected in order, each with those before it corrected already; a layer
     without a bias gets one. What the rounding of results by the target's own formula shifts is not seen.
 
-    learn-rounding corrects biases too, and what it leaves is rounded for good: this pass finds little behind it, and in
-    front of it would shift what that pass takes for the model in floating point.
+    learn-rounding corrects biases too, and goes without this pass. Behind it, the weights that it chose would count as
+    those of the model, and part of what it mended would be lost; in front of it, the biases that this pass has changed
+    would count as the model's.
 
     Raises CalibrationError for no feeds, and for those that can be walked only once or do not fit.
     """
