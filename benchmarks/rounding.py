@@ -3,7 +3,8 @@
 On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default width.
 equalize is equalize-cross-layer, search is search-weight-ranges by outputs, bias is correct-bias, learn is
 learn-rounding, which corrects biases itself: all together is without correct-bias. The last column is the model in
-float32. A width that the target's weights lack has no row. fm_mobile has Relu6, across which no channel can be rescaled: only those of its residual sums are.
+float32. A width that the target's weights lack has no row. fm_mobile has Relu6, across which no channel can be
+rescaled: only those of its residual sums are.
 """
 
 from __future__ import annotations
