@@ -1,7 +1,10 @@
 """Top-1 accuracy with weights of few bits, with and without each method of better rounding, as Markdown tables.
 
-On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default
-width. fm_mobile has Relu6, across which no channel can be rescaled: only those of its residual sums are.
+On test images of Fashion-MNIST, calibrated on 256 training images; activations have the target's default width.
+equalize is equalize-cross-layer, search is search-weight-ranges by outputs, bias is correct-bias, learn is
+learn-rounding, which corrects biases itself: all together is without correct-bias. The last column is the model in
+float32. A width that the target's weights lack has no row. fm_mobile has Relu6, across which no channel can be
+rescaled: only those of its residual sums are.
 """
 
 from __future__ import annotations
@@ -16,35 +19,60 @@ from support import models
 from support.fashion_mnist import calibration_images
 
 import qir
-from qir.pass_manager import Progress
+from qir.pass_manager import Pass, Progress
 from qir.passes.correct_bias import CorrectBias
 from qir.passes.equalize_cross_layer import EqualizeCrossLayer
+from qir.passes.learn_rounding import LearnRounding
+from qir.passes.search_weight_ranges import Method, SearchWeightRanges
+from qir.passes.widths.storage import weight_choices
 from qir.report import progress_bar
 
-_EQUALIZED: Final = qir.default_pipeline().insert_after("eliminate-dead-code", EqualizeCrossLayer())
-_METHODS: Final = {
-    "as it is": qir.default_pipeline(),
-    "equalize-cross-layer": _EQUALIZED,
-    "correct-bias": qir.default_pipeline().insert_after("select-q-formats", CorrectBias()),
-    "both": _EQUALIZED.insert_after("select-q-formats", CorrectBias()),
+_SEARCH: Final = SearchWeightRanges(Method.OUTPUT)
+_METHODS: Final[dict[str, tuple[Pass, ...]]] = {
+    "as it is": (),
+    "equalize": (EqualizeCrossLayer(),),
+    "search": (_SEARCH,),
+    "bias": (CorrectBias(),),
+    "search, bias": (_SEARCH, CorrectBias()),
+    "learn": (LearnRounding(),),
+    "search, learn": (_SEARCH, LearnRounding()),
+    "equalize, search, learn": (EqualizeCrossLayer(), _SEARCH, LearnRounding()),
 }
 
 
+def pipeline_of(passes: tuple[Pass, ...]) -> qir.Pipeline:
+    """The default pipeline with these, each where it belongs, in this order."""
+    pipeline = qir.default_pipeline()
+    for item in reversed(passes):
+        place = "eliminate-dead-code" if isinstance(item, EqualizeCrossLayer) else "select-q-formats"
+        pipeline = pipeline.insert_after(place, item)
+    return pipeline
+
+
 def rows(
-    name: str, target: str, widths: list[str], count: int, progress: Progress
+    name: str, target: qir.Target, widths: list[str], count: int, progress: Progress
 ) -> Iterator[tuple[str, list[float]]]:
-    """For each width of weights, with a format or without, the accuracy by each method on so many images."""
+    """The accuracy of each width of weights, with a format or without, by each method, and that of float32."""
     images, labels = (a[:count] for a in models.labelled_images())
     graph, calibration = qir.import_onnx(models.PATHS[name]), [{"x": calibration_images()}]
+
+    def accuracy(logits: models.Array) -> float:
+        return float(np.mean(logits.argmax(axis=1) == labels))
+
+    real = accuracy(np.concatenate([qir.interpret(graph, {"x": x})["logits"] for x in np.array_split(images, 10)]))
     for bits in widths:
         found = []
-        for pipeline in _METHODS.values():
+        for passes in _METHODS.values():
             program = qir.compile(
-                graph, target, calibration, pipeline=pipeline, overrides={"*": f"w{bits}"}, progress=progress
+                graph,
+                target,
+                calibration,
+                pipeline=pipeline_of(passes),
+                overrides={"*": f"w{bits}"},
+                progress=progress,
             )
-            classes = program.run({"x": images})["logits"].argmax(axis=1)
-            found.append(float(np.mean(classes == labels)))
-        yield bits, found
+            found.append(accuracy(program.run({"x": images})["logits"]))
+        yield bits, [*found, real]
 
 
 def main() -> int:
@@ -58,10 +86,17 @@ def main() -> int:
     )
     parser.add_argument("--images", type=int, default=10_000, help="how many of the 10,000 test images (all)")
     arguments = parser.parse_args()
-    for name in arguments.models:
-        print(f"| {name}, {arguments.target}: bits | {' | '.join(_METHODS)} |\n|---|{'---|' * len(_METHODS)}")
+    target = qir.load_target(arguments.target)
+    offered = weight_choices(target)
+    lacking = [bits for bits in arguments.bits if bits not in offered]
+    for bits in lacking:
+        print(f"no row of {bits} bits: {target.name} has weights of {', '.join(offered)} bits", file=sys.stderr)
+    widths = [bits for bits in arguments.bits if bits not in lacking]
+    for name in arguments.models if widths else ():
+        heads = [*_METHODS, "float32"]
+        print(f"| {name}, {target.name}: bits | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
         with progress_bar() as progress:
-            for bits, found in rows(name, arguments.target, arguments.bits, arguments.images, progress):
+            for bits, found in rows(name, target, widths, arguments.images, progress):
                 print(f"| {bits} | {' | '.join(f'{a:.4f}' for a in found)} |", flush=True)
         print(flush=True)
     return 0

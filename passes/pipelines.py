@@ -19,9 +19,11 @@ from qir.passes.fold_constants import FoldConstants
 from qir.passes.fuse_activation import FuseActivation
 from qir.passes.fuse_batch_norm import FuseBatchNorm
 from qir.passes.insert_saturation import InsertSaturation
+from qir.passes.learn_rounding import LearnRounding
 from qir.passes.legalize import Legalize
 from qir.passes.minimize_accumulators import MinimizeAccumulators
 from qir.passes.range_analysis import RangeAnalysis
+from qir.passes.search_weight_ranges import SearchWeightRanges
 from qir.passes.select_q_formats import SelectQFormats
 
 #: The entry point group by which installed packages offer passes; each point is a subclass of `Pass`.
@@ -38,6 +40,8 @@ PASSES: Final[tuple[type[Pass], ...]] = (
     RangeAnalysis,
     AssignBitWidths,
     SelectQFormats,
+    SearchWeightRanges,
+    LearnRounding,
     CorrectBias,
     Legalize,
     InsertSaturation,

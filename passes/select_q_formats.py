@@ -1,8 +1,8 @@
 """select-q-formats: scale and zero point of every value, under the scheme that the target asks for.
 
-Activations are searched on their histograms; weights get the scale of their largest magnitude, or, of few levels, one
-of little error; biases the product of input and weight scale. Values that an op only passes on share one format, as do
-the operands of a concatenation.
+Activations are searched on their histograms; weights get the scale of their largest magnitude, which
+search-weight-ranges may clip, or, of few levels, one of little error; biases the product of input and weight scale.
+Values that an op only passes on share one format, as do the operands of a concatenation.
 """
 
 from __future__ import annotations
@@ -11,38 +11,27 @@ import enum
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from qir.arrays import Array
 from qir.calibration import Histogram
 from qir.errors import CalibrationError, PassError
-from qir.fixed_point import Overflow, floor_log2, round_half_away
+from qir.fixed_point import Overflow
 from qir.integer_functions_16 import OUTPUT_SCALE
 from qir.ir import Graph, Op, Stage, Value
-from qir.levels import level_scales
+from qir.observers import Percentile
 from qir.ops.float_elementwise import Sigmoid, Tanh
 from qir.ops.float_nn import Conv, MatMul
 from qir.ops.float_pool import AveragePool, MaxPool, Softmax
 from qir.ops.movement import Movement
 from qir.pass_manager import Pass, PassContext
-from qir.passes.accumulation import excess_bits, least_weight_scale, reach, sum_scale
-from qir.passes.widths.storage import bias_storage, scale_axis
+from qir.passes.accumulation import excess_bits
+from qir.passes.weight_formats import WeightForm, bias_type, check_percent, scale_of_type
 from qir.rewrite import map_values
 from qir.scale_search import affine_from_range, power_of_two_from_range, search_affine, search_power_of_two
 from qir.target import FunctionRule, Scales, Scheme, Target
-from qir.types import (
-    AffineType,
-    FixedPointType,
-    IntegerType,
-    QuantizedType,
-    TensorType,
-    affine,
-    fixed_point,
-    scale_array,
-)
+from qir.types import IntegerType, QuantizedType, TensorType, affine, fixed_point, scale_array
 
 #: Output formats that the integer algorithms of the TensorFlow Lite family fix, by width: scale and zero point.
 FIXED_FORMATS: dict[tuple[type[Op], int], tuple[float, int]] = {
@@ -59,16 +48,27 @@ class Search(enum.StrEnum):
 
     MSE = "mse"  # the least expected squared error over the histogram
     RANGE = "range"  # the range that range-analysis left
+    PERCENTILE = "percentile"  # the range of so many percent of what was observed
 
 
 @dataclass(frozen=True)
 class SelectQFormats(Pass):
-    """Choose a quantized type for every value that has a storage. `search` is `mse` (default) or `range`."""
+    """Choose a quantized type for every value that has a storage. `search` is `mse` (default), `range` or `percentile`.
+
+    `percent` is for `percentile` alone, which leaves out half of the rest on either side, 0.005 percent where it is not
+    given. Where results wrap, nothing that was observed is left out.
+
+    Raises PassError for a `percent` outside (0, 100] or with another search.
+    """
 
     name: ClassVar[str] = "select-q-formats"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.RANGED})
     ensures: ClassVar[Stage | None] = Stage.TYPED
     search: Search = Search.MSE
+    percent: float | None = None
+
+    def __post_init__(self) -> None:
+        check_percent(self.percent, "search", self.search)
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         """The graph at stage `typed`; histograms and storages have served and are dropped."""
@@ -89,7 +89,7 @@ class SelectQFormats(Pass):
             types[value] = value.type.with_element(formats[leader].with_storage(_storage(value)))
         for op in graph.ops:
             if isinstance(op, Conv | MatMul):
-                types.update(_weight_types(graph, op, types, target))
+                types.update(_parameter_types(graph, op, types, target))
         shared = sum(len(groups.members(leader)) > 1 for leader in formats)
         context.note(f"{len(types)} formats by {self.search}, {shared} groups share one")
         return map_values(
@@ -110,10 +110,12 @@ class SelectQFormats(Pass):
                     return affine(storage, scale, zero)
         observed = [Histogram.from_array(v.histogram.data) for v in members if v.histogram is not None]
         ranges = [v.range for v in members if v.range is not None]
-        if not (observed if self.search is Search.MSE and observed else ranges):
+        if not (observed if self.search is not Search.RANGE and observed else ranges):
             raise PassError(f"%{members[0].name} has neither histogram nor range; run calibrate and range-analysis")
-        merged = functools.reduce(Histogram.merge, observed) if self.search is Search.MSE and observed else None
+        merged = functools.reduce(Histogram.merge, observed) if self.search is not Search.RANGE and observed else None
         lo, hi = (min(r.lo for r in ranges), max(r.hi for r in ranges)) if ranges else (0.0, 0.0)
+        if merged is not None and self.search is Search.PERCENTILE and _clips(target):
+            (lo, hi), merged = Percentile(self.percent or Percentile().percent).range(merged), None
         try:
             if target.activations.scales is Scales.POWER_OF_TWO:
                 return fixed_point(storage, _exponent(storage, merged, (lo, hi), target))
@@ -208,102 +210,23 @@ def _storage(value: Value) -> IntegerType:
     return value.storage
 
 
-def _weight_types(
+def _parameter_types(
     graph: Graph, op: Conv | MatMul, types: dict[Value, TensorType], target: Target
 ) -> Iterator[tuple[Value, TensorType]]:
     """Types of constant weights and bias of a convolution or matrix product."""
     weight, bias = op.operands[1], op.optional_operand(2)
     data = graph.constants.get(weight)
-    bias_data = graph.constants[bias].data if bias is not None and bias in graph.constants else None
-    input_scale = _scale(types[op.operands[0]])
+    bias_data = graph.constants.get(bias) if bias is not None else None
+    input_scale = scale_of_type(types[op.operands[0]])
     if data is not None:
-        element = _weight_format(op, weight, data, bias_data, input_scale, target)
+        form = WeightForm.of(op, data, bias_data, input_scale, _storage(weight), target)
+        element = form.whole()
         scales = scale_array(element)
         yield weight, weight.type.with_element(element)
     else:
-        scale = _scale(types[weight])
+        scale = scale_of_type(types[weight])
         scales = np.asarray(scale * 2.0 ** excess_bits(target, input_scale * scale, op.sum_range))
     if bias is not None and bias_data is not None:
         if bias.type.rank != 1:
             raise PassError(f"{op.describe()}: the bias must be a vector; run canonicalize first")
-        steps = sum_scale(target, input_scale, scales, op.sum_range).step
-        kind = bias_format(_storage(bias), steps, target, graph.constants[bias].name)
-        yield bias, bias.type.with_element(kind)
-
-
-def bias_format(storage: IntegerType, steps: npt.NDArray[Any], target: Target, name: str) -> QuantizedType:
-    """The format of a bias in units of the sum, `steps`: one, or one a channel."""
-    axis = 0 if steps.ndim else None
-    if target.weights.scales is Scales.POWER_OF_TWO:
-        return fixed_point(storage, floor_log2(steps), axis)
-    return affine(storage, steps.astype(np.float32), 0, axis, name)
-
-
-def _weight_format(
-    op: Conv | MatMul, weight: Value, data: Array, bias: npt.NDArray[Any] | None, input_scale: float, target: Target
-) -> QuantizedType:
-    """The format of constant weights. Of weights alone it is one scale a channel: legalize makes those of blocks."""
-    contract, storage, chosen = target.weights, _storage(weight), scale_axis(target, op)
-    added = np.zeros(()) if bias is None else np.abs(bias.astype(np.float64))
-    sums = added
-    if target.accumulator.rounding is None:  # else sums keep fewer fraction bits instead
-        sums = np.maximum(sums, reach(op.sum_range))
-    least = least_weight_scale(target, input_scale, sums)
-    least = np.maximum(least, least_weight_scale(target, input_scale, added, bias_storage(target).hi))
-    if contract.scheme is Scheme.AFFINE:
-        scales, zeros = affine_weights(data.data, storage, chosen, least)
-        return affine(storage, scales, zeros, chosen, data.name)
-    powers = contract.scales is Scales.POWER_OF_TWO
-    scales = weight_scales(data.data, storage, chosen, least, powers=powers)
-    if powers:
-        exponents = floor_log2(scales)
-        return fixed_point(storage, exponents + (np.ldexp(np.float32(1), exponents) < scales), chosen)
-    return affine(storage, scales, 0, chosen, data.name)
-
-
-def _scale(kind: TensorType) -> float:
-    assert isinstance(kind.element, AffineType | FixedPointType)
-    return float(scale_array(kind.element))
-
-
-def weight_scales(
-    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any], *, powers: bool = False
-) -> npt.NDArray[np.float32]:
-    """Symmetric float32 scales: the largest magnitude over the largest integer, per channel or for the tensor.
-
-    Where there are but few integers, levels or -2 to 1, they are those of `level_scales`, `powers` of two if asked for:
-    the largest magnitude would leave most weights none but the integers next to 0. Raised to `least`, one or one a
-    channel, where bias or sums would come near the ends of the accumulator; a channel of zeros takes the least scale of
-    the others, for the precision of its bias.
-    """
-    if storage.levels is not None or storage.is_shift:
-        return _raised(level_scales(data, storage, axis, powers=powers), axis, least)
-    magnitude = np.abs(data.astype(np.float64))
-    return _raised(magnitude.max(axis=_others(data, axis), initial=0.0) / storage.hi, axis, least)
-
-
-def affine_weights(
-    data: npt.NDArray[Any], storage: IntegerType, axis: int | None, least: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Float32 scales and zero points of the ranges of weights, 0 included; raised and filled as `weight_scales` are."""
-    others = _others(data, axis)
-    low, high = (end(axis=others, initial=0.0).astype(np.float64) for end in (data.min, data.max))
-    levels = storage.hi - storage.lo
-    scales = _raised((high - low) / levels, axis, least)
-    zeros = storage.lo - np.minimum(low, 0.0) / scales  # within the storage, as no scale is below that of its range
-    return scales, np.clip(round_half_away(zeros), storage.lo, storage.hi)
-
-
-def _others(data: npt.NDArray[Any], axis: int | None) -> tuple[int, ...]:
-    """The axes along which weights share a scale."""
-    return tuple(i for i in range(data.ndim) if i != axis)
-
-
-def _raised(steps: npt.ArrayLike, axis: int | None, least: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The steps that ranges of weights ask for, 0 for zeros, as scales that are normal float32 numbers."""
-    asked = np.asarray(steps, np.float64)
-    scales = np.maximum(asked, least if axis is not None else least.max(initial=0.0))
-    positive = scales[asked > 0]
-    filler = positive.min() if positive.size else 1.0
-    filled = np.where(asked > 0, scales, np.maximum(scales, filler))
-    return np.asarray(np.maximum(filled, float(np.finfo(np.float32).tiny)), np.float32)
+        yield bias, bias.type.with_element(bias_type(op, input_scale, scales, _storage(bias), target, bias_data.name))

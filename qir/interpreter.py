@@ -41,15 +41,13 @@ def evaluate(
 ) -> Iterator[tuple[Value, Tensor]]:
     """Yield each value with its array as it is made; an array is dropped after its last use."""
     last_use = {value: op for op in graph.ops for value in op.operands}
-    live: dict[Value, Tensor] = {}
-    for value, array in check_feeds(graph.inputs, feeds).items():
-        live[value] = _entering(graph, value, array)
-        yield value, live[value]
+    live = entering(graph, feeds)
+    yield from tuple(live.items())
     for op in graph.ops:
-        results = evaluate_op(op, [live[v] for v in op.operands], unbounded=unbounded)
+        results = evaluate_at(graph.stage, op, [live[v] for v in op.operands], unbounded=unbounded)
         for value, array in zip(op.results, results, strict=True):
-            live[value] = _on_grid(array, value) if graph.stage is Stage.TYPED else array
-            yield value, live[value]
+            live[value] = array
+            yield value, array
         for value in op.operands:
             if last_use[value] is op:
                 live.pop(value, None)
@@ -58,12 +56,25 @@ def evaluate(
                 live.pop(value, None)
 
 
+def entering(graph: Graph, feeds: Mapping[str, npt.ArrayLike]) -> dict[Value, Tensor]:
+    """The inputs as the ops of the graph read them. Raises RunError when feeds do not fit."""
+    return {value: _entering(graph, value, array) for value, array in check_feeds(graph.inputs, feeds).items()}
+
+
 def _entering(graph: Graph, value: Value, array: Tensor) -> Tensor:
     if graph.stage is Stage.FIXED:
         return _stored(quantize_input(graph, value, array), value.type)
     if graph.stage is Stage.TYPED and is_quantized(value.type.element):
-        return _on_grid(array, value) if array.dtype.kind == "f" else dequantize_array(array, value.type.element)
+        return on_grid(array, value) if array.dtype.kind == "f" else dequantize_array(array, value.type.element)
     return array
+
+
+def evaluate_at(stage: Stage, op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) -> tuple[Tensor, ...]:
+    """The results of one op in a graph at this stage: at `typed`, rounded to the grids of their types."""
+    results = evaluate_op(op, operands, unbounded=unbounded)
+    if stage is not Stage.TYPED:
+        return results
+    return tuple(on_grid(array, value) for value, array in zip(op.results, results, strict=True))
 
 
 def evaluate_op(op: Op, operands: Sequence[Tensor], *, unbounded: bool = False) -> tuple[Tensor, ...]:
@@ -95,7 +106,8 @@ def _stored(array: Tensor, kind: TensorType) -> Tensor:
     return array.astype(dtype, copy=False)
 
 
-def _on_grid(array: Tensor, value: Value) -> Tensor:
+def on_grid(array: Tensor, value: Value) -> Tensor:
+    """Reals rounded to the grid of a value's type, ties to even; as they are where it has none."""
     if not is_quantized(value.type.element) or array.dtype.kind != "f":
         return array
     integers = quantize_array(array, value.type.element, QuantizeRule.DIVIDE, Rounding.HALF_EVEN)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from qir.errors import PassError
 from qir.ir import Graph, Value
 from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
 from qir.passes.select_q_formats import share_formats
-from qir.passes.widths.storage import scale_axis, weight_storage
+from qir.passes.widths.storage import scale_axis, weight_choices, weight_storage
 from qir.rewrite import map_values
 from qir.target import Target, WeightFormat
 from qir.types import IntegerType
 
 Layer = Conv | MatMul
 Name = TypeVar("Name", int, str)
-#: What follows the bits in the names of choices.
-_SUFFIX: Final = {item: "" if item is WeightFormat.UNIFORM else f"/{item}" for item in WeightFormat}
 
 
 class Kind(enum.StrEnum):
@@ -64,8 +62,8 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
         if isinstance(op, Conv | MatMul) and op.operands[1] in graph.constants:
             parameters |= dict.fromkeys(op.operands[1:], op)
     activations = _chosen(widths.activations, target.activations.bits, Kind.ACTIVATIONS, target)
-    offered = {f"{b}{_SUFFIX[f]}": (b, f) for f in target.weights.formats for b in target.weights.widths(f)}
-    weights = [offered[name] for name in _chosen(widths.weights, tuple(offered), Kind.WEIGHTS, target)]
+    offered = weight_choices(target)
+    weights = {name: offered[name] for name in _chosen(widths.weights, tuple(offered), Kind.WEIGHTS, target)}
     groups = share_formats(graph)
     for op in graph.ops:  # a constant that is read as a value goes with what it makes
         if isinstance(op, Const) and op.result.storage is not None and op.result not in parameters:
@@ -104,12 +102,11 @@ def _chosen(asked: tuple[Name, ...], has: tuple[Name, ...], kind: Kind, target: 
 
 
 def _storages(
-    graph: Graph, target: Target, layer: Layer, weights: Sequence[tuple[int, WeightFormat]]
+    graph: Graph, target: Target, layer: Layer, weights: Mapping[str, tuple[int, WeightFormat]]
 ) -> dict[str, IntegerType]:
-    """The storages of a layer's weights by name, the widest first."""
+    """The storages of a layer's weights by name."""
     data, axis = graph.constants[layer.operands[1]].data, scale_axis(target, layer)
-    widest_first = sorted(weights, key=lambda w: -w[0])
-    return {f"{bits}{_SUFFIX[item]}": weight_storage(target, bits, item, data, axis) for bits, item in widest_first}
+    return {name: weight_storage(target, bits, item, data, axis) for name, (bits, item) in weights.items()}
 
 
 def with_storages(graph: Graph, storages: Mapping[Value, IntegerType]) -> Graph:

@@ -21,6 +21,15 @@ def default_widths(target: Target) -> tuple[int, int]:
     return min(((w, a) for w in weights for a in activations), key=lambda p: (target.costs.of_mac(*p), -p[0] - p[1]))
 
 
+def weight_choices(target: Target) -> dict[str, tuple[int, WeightFormat]]:
+    """The widths and formats of weights, by names such as `8` and `4/codebook`, the widest first."""
+    pairs = [(bits, item) for item in target.weights.formats for bits in target.weights.widths(item)]
+    return {
+        f"{bits}{'' if item is WeightFormat.UNIFORM else f'/{item}'}": (bits, item)
+        for bits, item in sorted(pairs, key=lambda pair: -pair[0])
+    }
+
+
 def weight_storage(
     target: Target,
     bits: int,

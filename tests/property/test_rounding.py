@@ -1,21 +1,31 @@
-"""Passes for better rounding: equalization keeps what a graph computes; bias correction takes the mean error away."""
+"""Passes for better rounding: equalization keeps what a graph computes; legalize keeps integers that are learned."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from branches import legalized, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from property.float_graphs import STEPS, GraphMaker, graphs
 
+from qir.backend import load_target
 from qir.interpreter import interpret, trace
 from qir.ir import Graph
+from qir.ops.fixed_rescale import dequantize_array
 from qir.parser import parse
 from qir.pass_manager import PassContext
+from qir.passes.correct_bias import CorrectBias
 from qir.passes.equalize_cross_layer import EqualizeCrossLayer
+from qir.passes.layer_walk import integers_of, layers_of, quantized_element
+from qir.passes.learn_rounding import LearnRounding
 from qir.passes.pipelines import default_pipeline
+from qir.passes.search_weight_ranges import Method, SearchWeightRanges
 from qir.printer import print_graph, resources
 from qir.verifier import verify
+
+#: Targets, each with widths of its own.
+TARGETS = (("asic", "*:w2"), ("asic", "*:w4"), ("fpga", "*:w3"), ("arm-neon", "*:8"), ("dsp16", "*:16"))
 
 Case = tuple[Graph, npt.NDArray[np.float32]]
 
@@ -64,3 +74,35 @@ def test_equalization_keeps_what_a_graph_computes(case: Case) -> None:
 @given(case=layered())
 def test_equalization_keeps_what_layers_in_a_row_compute(case: Case) -> None:
     assert_keeps_the_function(case)
+
+
+@settings(max_examples=60)
+@given(
+    case=layered(),
+    target=st.sampled_from(
+        [("asic", "*:w2"), ("asic", "*:w4"), ("fpga", "*:w3"), ("arm-neon", "*:8"), ("dsp16", "*:16")]
+    ),
+    method=st.sampled_from(list(Method)),
+)
+def test_weights_that_were_searched_and_learned_are_what_legalize_writes(
+    case: Case, target: tuple[str, str], method: Method
+) -> None:
+    name, override = target
+    feeds = [{"x": case[1]}]
+    before = typed(feeds, name, override, case[0])
+    context = PassContext(load_target(name), feeds)
+    graph = before
+    for item in (SearchWeightRanges(method), LearnRounding(), CorrectBias()):
+        graph = item.run(graph, context)
+        verify(graph)
+        assert parse(print_graph(graph), resources(graph)) == graph
+    fixed = legalized(graph, name)
+    written = {v.name: np.sort(a.data, axis=None) for v, a in fixed.constants.items()}
+    for layer in layers_of(graph):
+        weight = layer.operands[1]
+        data, element = graph.constants[weight].data, quantized_element(weight)
+        integers = integers_of(data, element)
+        assert np.array_equal(dequantize_array(integers, element), data)
+        if weight.name in written:  # else nothing reads it
+            assert np.array_equal(written[weight.name], np.sort(integers, axis=None))
+    assert all(np.isfinite(array).all() for array in interpret(graph, feeds[0]).values())

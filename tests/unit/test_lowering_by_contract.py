@@ -29,7 +29,7 @@ from qir.passes.assign_bit_widths import AssignBitWidths
 from qir.passes.lowering.elementwise import sum_multipliers
 from qir.passes.lowering.weight_only import quantize_blocks
 from qir.passes.pipelines import parse_pipeline
-from qir.passes.select_q_formats import affine_weights
+from qir.passes.weight_formats import affine_weights
 from qir.passes.widths.storage import default_widths
 from qir.target import AverageRule, Pooling, Product, Requantization, Scheme, Target, Width
 from qir.types import AffineType, FixedPointType, integer, storage_of
@@ -181,14 +181,14 @@ def test_weights_are_as_coarse_as_a_narrow_accumulator_needs(bits: int) -> None:
 
 
 def test_affine_weights_take_their_range() -> None:
-    data = np.array([[-1.0, 0.5, 0.0, 3.0], [2.0, 1.0, 0.0, -1.0]], np.float32)
-    scales, zeros = affine_weights(data, integer(8), 1, np.zeros(()))
+    low, high = np.array([-1.0, 0.0, 0.0, -1.0]), np.array([2.0, 1.0, 0.0, 3.0])
+    scales, zeros = affine_weights(low, high, integer(8), np.zeros(()))
     assert scales.tolist() == pytest.approx([3 / 255, 1 / 255, 1 / 255, 4 / 255])  # zeros: the least of the others
     assert zeros.tolist() == [-43, -128, -128, -64]
-    scales, zeros = affine_weights(data, integer(8), 1, np.array([0.0, 0.1, 0.2, 0.0]))
+    scales, zeros = affine_weights(low, high, integer(8), np.array([0.0, 0.1, 0.2, 0.0]))
     assert scales.tolist() == pytest.approx([3 / 255, 0.1, 0.2, 4 / 255])
     assert zeros.tolist() == [-43, -128, -128, -64]
-    scale, zero = affine_weights(data, integer(4, signed=False), None, np.zeros(2))
+    scale, zero = affine_weights(low.min(), high.max(), integer(4, signed=False), np.zeros(2))
     assert float(scale) == pytest.approx(4 / 15)
     assert int(zero) == 4
 

@@ -64,7 +64,13 @@ def test_the_default_pipeline() -> None:
 def test_every_pass_has_a_name_of_its_own() -> None:
     assert len({p.name for p in PASSES}) == len(PASSES)
     optional = {p.name for p in PASSES} - {p.name for p in default_pipeline()}
-    assert optional == {"equalize-cross-layer", "correct-bias", "minimize-accumulators"}
+    assert optional == {
+        "equalize-cross-layer",
+        "search-weight-ranges",
+        "learn-rounding",
+        "correct-bias",
+        "minimize-accumulators",
+    }
     assert {name: kind for name, kind in pass_registry().items() if kind in PASSES} == {p.name: p for p in PASSES}
 
 
