@@ -52,8 +52,8 @@ def centred(array: Tensor, kind: TensorType, *at: int) -> int:
     return int(array[at]) - zero
 
 
-def products(op: Accumulating, arrays: list[Tensor], at: tuple[int, ...]) -> Iterator[int]:
-    """The products of the sum at a position of the result, in the order that the op states."""
+def products(op: Accumulating, arrays: list[Tensor], at: tuple[int, ...]) -> Iterator[int | None]:
+    """The products of the sum at a position of the result, in the order that the op states; None on padding."""
     kinds = [v.type for v in op.operands]
     if isinstance(op, Conv2d):
         outputs, rows, columns, per_group = arrays[1].shape
@@ -65,6 +65,8 @@ def products(op: Accumulating, arrays: list[Tensor], at: tuple[int, ...]) -> Ite
                 channel = at[3] // (outputs // op.groups) * per_group + c
                 weight = centred(arrays[1], kinds[1], at[3], r, s, c)
                 yield centred(arrays[0], kinds[0], at[0], y, x, channel) * weight
+            else:
+                yield None
     elif isinstance(op, FixedMatMul):
         lead = [
             tuple(0 if d == 1 else i for d, i in zip(a.shape[:-2][::-1], at[:-2][::-1], strict=False))[::-1]
@@ -90,9 +92,10 @@ class Walk:
         self.exact = total = bias if op.order.bias_first else 0
         self.seen = [(0, 0), (0, total)]
         steps = op.overflow in STEPWISE
-        for count, product in enumerate(products(op, arrays, at), 1):
-            self.exact, total = self.step(self.exact, product), self.step(total, product)
-            self.seen.append((count, total if steps else self.exact))
+        for product in products(op, arrays, at):
+            if product is not None:  # a step on padding adds nothing, and narrows all the same
+                self.exact, total = self.step(self.exact, product), self.step(total, product)
+                self.seen.append((len(self.seen) - 1, total if steps else self.exact))
             total = narrowed(total, op.accumulator, op.overflow)
         last = 0 if op.order.bias_first else bias
         self.exact, total = self.exact + last, total + last
