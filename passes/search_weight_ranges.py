@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -76,12 +76,11 @@ class SearchWeightRanges(Pass):
         target = context.need_target(self.name)
         owned = with_own_parameters(graph, target, bias=False)
         layers = [layer for layer in layers_of(owned) if not uses_weights_alone(target, layer.operands[1])]
-        moments = self._moments(owned, layers, context, target) if self.method is Method.OUTPUT else {}
         types: dict[Value, TensorType] = {}
         left: list[float] = []
-        for layer in layers:
+        for layer, moments in self._with_moments(owned, layers, context, target):
             form = _form(owned, layer, target)
-            cost = _cost(layer, form, moments.get(layer))
+            cost = _cost(layer, form, moments)
             old = quantized_element(layer.operands[1])
             new = form.type_of(*(_percentile(form, self.percent or _PERCENT) if self._cuts else _search(form, cost)))
             before, after = float(cost(old).sum()), float(cost(new).sum())
@@ -97,20 +96,23 @@ class SearchWeightRanges(Pass):
 
     @property
     def _cuts(self) -> bool:
-        return self.method is Method.PERCENTILE
+        return self.method == Method.PERCENTILE
 
-    def _moments(
+    def _with_moments(
         self, graph: Graph, layers: Sequence[Layer], context: PassContext, target: Target
-    ) -> dict[Layer, Moments]:
-        """Of what layers read in floating point."""
+    ) -> Iterator[tuple[Layer, Moments | None]]:
+        """The layers, each with the moments of what it reads in floating point where they serve."""
+        if self.method != Method.OUTPUT:
+            yield from ((layer, None) for layer in layers)
+            return
         walk = LayerWalk(graph, target, context, self.name, rounded=False)
-        found = {layer: Moments(layer, walk.samples) for layer in layers if has_rows(layer)}
         for number, level in enumerate(walk.levels):
+            chosen = [layer for layer in level if layer in layers]
+            found = {layer: Moments(layer, walk.samples) for layer in chosen if has_rows(layer)}
             for part in walk.inputs(number):
-                for layer in level:
-                    if layer in found:
-                        found[layer].add(part)
-        return found
+                for moments in found.values():
+                    moments.add(part)
+            yield from ((layer, found.get(layer)) for layer in chosen)
 
 
 def _form(graph: Graph, layer: Layer, target: Target) -> WeightForm:

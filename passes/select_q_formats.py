@@ -110,11 +110,11 @@ class SelectQFormats(Pass):
                     return affine(storage, scale, zero)
         observed = [Histogram.from_array(v.histogram.data) for v in members if v.histogram is not None]
         ranges = [v.range for v in members if v.range is not None]
-        if not (observed if self.search is not Search.RANGE and observed else ranges):
+        if not (observed if self.search != Search.RANGE and observed else ranges):
             raise PassError(f"%{members[0].name} has neither histogram nor range; run calibrate and range-analysis")
-        merged = functools.reduce(Histogram.merge, observed) if self.search is not Search.RANGE and observed else None
+        merged = functools.reduce(Histogram.merge, observed) if self.search != Search.RANGE and observed else None
         lo, hi = (min(r.lo for r in ranges), max(r.hi for r in ranges)) if ranges else (0.0, 0.0)
-        if merged is not None and self.search is Search.PERCENTILE and _clips(target):
+        if merged is not None and self.search == Search.PERCENTILE and _clips(target):
             (lo, hi), merged = Percentile(self.percent or Percentile().percent).range(merged), None
         try:
             if target.activations.scales is Scales.POWER_OF_TWO:
