@@ -143,8 +143,9 @@ def pareto(
 ) -> Front:
     """The exact front of widths: of all that take so much of `metric`, those of least loss, within `budgets` too.
 
-    Up to `points` of it, at even steps between the least that can be had and what the least loss takes; beside them
-    what a greedy search finds within the same limits, and the same width for all weights. Each is compiled by
+    Up to `points` of it, at even steps between the least that can be had and what the least loss takes, and one for
+    what each uniform width takes; beside them what a greedy search finds within the same limits, and the same width for
+    all weights. Each is compiled by
     `pipeline` and run on the integer kernels over the feeds of `evaluation`, those of the calibration without:
     `score`, such as an accuracy, is of the outputs of the whole evaluation. Losses are those of `sensitivity`, whose
     options the others are; `measured` takes its place.
@@ -165,17 +166,16 @@ def pareto(
         setting.assigned, setting.target, setting.decisions, [measured.of(d) for d in setting.decisions]
     )
     own, limits = metric_of(metric), [problem.budget(parse_budget(text)) for text in budgets]
-    front = trace_front(problem, own, points, limits)
-    most = [a.costs[own] for a in front]
-    greedy = list(greedy_within(problem, own, most)) if not limits else []
-    chosen = [*(("front", a) for a in front), *(("greedy", a) for a in greedy)]
-    chosen += [("uniform", a) for a in uniform(problem)]
+    same = list(uniform(problem))
+    front = trace_front(problem, own, points, limits, [a.costs[own] for a in same])
+    greedy = greedy_within(problem, own, [a.costs[own] for a in front]) if not limits else ()
+    chosen = [(o, a) for o, found in zip(ORIGINS, (front, greedy, same), strict=True) for a in found]
     trial = _Trial(setting, list(setting.feeds if evaluation is None else evaluation), measure, score)
     found = []
+    progress("pareto", 0, len(chosen))
     for number, (origin, assignment) in enumerate(chosen):
-        progress("pareto", number, len(chosen))
         found.append(trial.point(origin, assignment))
-    progress("pareto", len(chosen), len(chosen))
+        progress("pareto", number + 1, len(chosen))
     return Front(
         setting.assigned.name,
         setting.target.name,
@@ -187,16 +187,25 @@ def pareto(
     )
 
 
-def trace_front(problem: WidthProblem, metric: Metric, points: int, budgets: Sequence[Budget] = ()) -> list[Assignment]:
-    """Points of the exact front of loss and `metric`, within budgets, from the one that takes least."""
+def trace_front(
+    problem: WidthProblem,
+    metric: Metric,
+    points: int,
+    budgets: Sequence[Budget] = (),
+    also: Sequence[Fraction] = (),
+) -> list[Assignment]:
+    """Points of the exact front of loss and `metric`, within budgets, from the one that takes least.
+
+    They are at even steps, and the best within each of what `also` lists.
+    """
     # The metric as a budget without an end: among equals of loss the one that takes least.
     free = Budget(metric, problem.most(metric))
     ends = [problem.best(budgets, metric), problem.best([free, *budgets])]
     low, high = (a.costs[metric] for a in ends)
     found = {a.costs[metric]: a for a in ends}
-    for step in range(1, points - 1):
-        within = Budget(metric, low + (high - low) * step / (points - 1))
-        assignment = problem.best([within, *budgets])
+    steps = [low + (high - low) * step / (points - 1) for step in range(1, points - 1)]
+    for most in [*steps, *(cost for cost in also if low < cost < high)]:
+        assignment = problem.best([Budget(metric, most), *budgets])
         found[assignment.costs[metric]] = assignment
     return [found[cost] for cost in sorted(found)]
 
@@ -292,25 +301,26 @@ class _Trial:
             raise PassError("widths are measured on samples, and there are none; give at least one feed")
         self.samples = sum(next((len(a) for a in part.values()), 1) for part in self._parts)
         self.reference = self._joined(interpret(bare, part) for part in self._parts)
+        self._known: dict[tuple[str, ...], tuple[float, float | None]] = {}
 
     def _joined(self, outputs: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         found = list(outputs)
         return {name: np.concatenate([np.atleast_1d(o[name]) for o in found]) for name in found[0]}
 
     def point(self, origin: str, assignment: Assignment) -> Point:
-        """What the program with these widths loses and scores."""
-        context = PassContext(self._setting.target, self._setting.feeds, no_progress)
-        program = Program(self._setting.rest.run(assignment.graph, context, [Verifier()]))
-        outputs = self._joined(program.run(part) for part in self._parts)
+        """What the program with these widths loses and scores; the same widths are run once."""
+        names = tuple(choice for _, choice in assignment.choices)
+        if names not in self._known:
+            self._known[names] = self._run(assignment)
         widths: dict[str, dict[str, str]] = {kind: {} for kind in Kind}
         for decision, choice in assignment.choices:
             widths[decision.kind][decision.name] = choice
-        return Point(
-            origin,
-            widths,
-            assignment.loss,
-            {str(m): float(v) for m, v in assignment.costs.items()},
-            assignment.gap,
-            self._quality.loss(self.reference, outputs),
-            None if self._score is None else float(self._score(outputs)),
-        )
+        costs = {str(m): float(v) for m, v in assignment.costs.items()}
+        return Point(origin, widths, assignment.loss, costs, assignment.gap, *self._known[names])
+
+    def _run(self, assignment: Assignment) -> tuple[float, float | None]:
+        context = PassContext(self._setting.target, self._setting.feeds, no_progress)
+        program = Program(self._setting.rest.run(assignment.graph, context, [Verifier()]))
+        outputs = self._joined(program.run(part) for part in self._parts)
+        score = None if self._score is None else float(self._score(outputs))
+        return self._quality.loss(self.reference, outputs), score
