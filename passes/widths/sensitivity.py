@@ -41,6 +41,7 @@ from qir.types import ElementType, is_quantized, scale_array, storage_of, zero_a
 
 Tensor = npt.NDArray[Any]
 
+_MOST_HELD: Final = 256 << 20  # bytes of values of samples that are evaluated together
 _CACHE_FORMAT: Final = 1  # counts up when the same job gives other numbers
 
 
@@ -260,10 +261,19 @@ class Analysis:
         self.feeds = list(feeds)
         self.quality = quality
         self._bare = map_values(graph, lambda v: {"histogram": None})
-        parts = [p for number, feed in enumerate(self.feeds) for p in parts_of(self._bare, feed, number)]
-        if not parts:
+        whole = [p for number, feed in enumerate(self.feeds) for p in parts_of(self._bare, feed, number)]
+        if not whole:
             raise PassError("sensitivity is measured on calibration data, and there is none; give at least one feed")
-        self._parts = tuple(parts)
+        self._parts = tuple(part for p in whole for part in self._split(p))
+
+    def _split(self, part: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The samples in parts, all values of which are held at once."""
+        sample = sum(4 * v.type.sample_size for v in self._bare.values() if v.type.is_batched)
+        batched = {v.name for v in self._bare.inputs if v.type.is_batched}
+        count = max((len(part[name]) for name in batched), default=1)
+        chunk = max(_MOST_HELD // max(sample, 1), 1)
+        for start in range(0, count, chunk):
+            yield {n: a[start : start + chunk] if n in batched else a for n, a in part.items()}
 
     def run(
         self,

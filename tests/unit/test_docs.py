@@ -24,6 +24,7 @@ import pytest
 from qir.cost_tables import Costs
 from qir.demo import normalized
 from qir.fixed_point import Overflow, RequantizeForm, Rounding
+from qir.passes.widths.costs import Metric
 from qir.target import Target, WeightFormat
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,20 @@ def test_add_a_pass(tmp_path: Path) -> None:
         if block.kind == "toml":
             _install(tmp_path, block.text)
     assert [b.kind for b in blocks] == ["python", "python", "python", "toml", "python", "text", "sh", "text"]
+
+
+def test_choose_bit_widths(tmp_path: Path) -> None:
+    shell = Shell(tmp_path, ROOT)
+    blocks = _blocks("docs/choose-bit-widths.md")
+    for block in blocks:
+        if block.file:
+            _write(tmp_path, block)
+        else:
+            shell.python(block.text)
+    assert [b.kind for b in blocks] == ["python"] * 5
+    text = (ROOT / "docs" / "choose-bit-widths.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))
+    assert listed == list(Metric)
 
 
 def test_add_an_op(tmp_path: Path) -> None:
