@@ -20,7 +20,7 @@ from qir.feeds import read_npz, split_samples
 from qir.mixed_precision import Score
 from qir.passes.widths.costs import Metric
 from qir.passes.widths.quality import KL, QUALITIES, SQNR, Outputs
-from qir.passes.widths.sensitivity import Sensitivity, read_sensitivity
+from qir.passes.widths.sensitivity import read_sensitivity
 from qir.report import progress_bar
 from qir.serialization import write_bytes
 from qir.width_report import draw_front, draw_sensitivity, front_text, sensitivity_text
@@ -118,38 +118,28 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     kind = format_of(arguments.plot) if arguments.plot else ""
-    graph = read_model(arguments.model, arguments.shape)
-    with progress_bar() as progress, workers(arguments) as executor:
+    with _common(arguments) as (graph, options):
         found = qir.sensitivity(
             graph,
             arguments.target,
             _feeds(arguments, graph),
-            pipeline=arguments.passes,
-            quality=arguments.quality,
-            weights=arguments.weights,
-            activations=arguments.activations,
             other_ways=arguments.other_ways,
             proxy=arguments.proxy,
-            executor=executor,
-            cache=arguments.cache,
-            progress=progress,
+            **options,
         )
-    if arguments.output:
-        write_bytes(Path(arguments.output), found.to_json().encode())
+    _write(arguments.output, found.to_json().encode())
     if kind:
-        write_bytes(Path(arguments.plot), draw_sensitivity(found, kind))
+        _write(arguments.plot, draw_sensitivity(found, kind))
     print(sensitivity_text(found))
 
 
 def _pareto(arguments: argparse.Namespace) -> None:
     kind = format_of(arguments.plot) if arguments.plot else ""
-    graph = read_model(arguments.model, arguments.shape)
-    evaluation = split_samples(graph.inputs, read_npz(arguments.inputs)) if arguments.inputs else None
-    calibration = _feeds(arguments, graph)
-    samples = calibration if evaluation is None else evaluation
-    count = sum(len(next(iter(feed.values()))) for feed in samples)
-    score = _top_1(arguments.labels, graph, count) if arguments.labels else None
-    with progress_bar() as progress, workers(arguments) as executor:
+    with _common(arguments) as (graph, options):
+        evaluation = split_samples(graph.inputs, read_npz(arguments.inputs)) if arguments.inputs else None
+        calibration = _feeds(arguments, graph)
+        samples = calibration if evaluation is None else evaluation
+        count = sum(len(next(iter(feed.values()))) for feed in samples)
         found = qir.pareto(
             graph,
             arguments.target,
@@ -158,21 +148,38 @@ def _pareto(arguments: argparse.Namespace) -> None:
             points=arguments.points,
             budgets=arguments.budget,
             evaluation=evaluation,
-            score=score,
-            pipeline=arguments.passes,
-            quality=arguments.quality,
-            weights=arguments.weights,
-            activations=arguments.activations,
-            measured=_measured(arguments),
-            executor=executor,
-            cache=arguments.cache,
-            progress=progress,
+            score=_top_1(arguments.labels, graph, count) if arguments.labels else None,
+            measured=read_sensitivity(Path(arguments.sensitivity)) if arguments.sensitivity else None,
+            **options,
         )
-    if arguments.output:
-        write_bytes(Path(arguments.output), found.to_json().encode())
+    _write(arguments.output, found.to_json().encode())
     if kind:
-        write_bytes(Path(arguments.plot), draw_front(found, kind))
+        _write(arguments.plot, draw_front(found, kind))
     print(front_text(found))
+
+
+@contextlib.contextmanager
+def _common(arguments: argparse.Namespace) -> Iterator[tuple[qir.Graph, dict[str, Any]]]:
+    """The model, and the options that both commands have."""
+    graph = read_model(arguments.model, arguments.shape)
+    with progress_bar() as progress, workers(arguments) as executor:
+        yield (
+            graph,
+            {
+                "pipeline": arguments.passes,
+                "quality": arguments.quality,
+                "weights": arguments.weights,
+                "activations": arguments.activations,
+                "executor": executor,
+                "cache": arguments.cache,
+                "progress": progress,
+            },
+        )
+
+
+def _write(path: str | None, data: bytes) -> None:
+    if path:
+        write_bytes(Path(path), data)
 
 
 def _feeds(arguments: argparse.Namespace, graph: qir.Graph) -> list[dict[str, Any]]:
@@ -198,7 +205,3 @@ def _top_1(path: str, graph: qir.Graph, samples: int) -> Score:
         return float(np.mean(logits.reshape(len(labels), -1).argmax(axis=1) == labels))
 
     return score
-
-
-def _measured(arguments: argparse.Namespace) -> Sensitivity | None:
-    return read_sensitivity(Path(arguments.sensitivity)) if arguments.sensitivity else None

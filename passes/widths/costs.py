@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
@@ -29,6 +28,7 @@ from qir.cost import (
 from qir.errors import PassError
 from qir.ir import Graph, Op, Value
 from qir.passes.widths.decisions import Decision, Kind
+from qir.passes.widths.solver import Factor, Total
 from qir.target import Target
 
 #: Fractions by the choices of some decisions.
@@ -64,33 +64,6 @@ _OF_LAYER: Final[Mapping[Metric, Callable[[Cost], float | None]]] = {
 }
 #: The metrics that depend on where data lives.
 PLACED: Final = (Metric.LATENCY, Metric.ENERGY)
-
-
-@dataclass(frozen=True, eq=False)
-class RealFactor:
-    """Fractions by the choices of the decisions in `scope`, ascending: [choices of each]."""
-
-    scope: tuple[int, ...]
-    table: Table
-
-
-@dataclass(frozen=True, eq=False)
-class RealTotal:
-    """A sum of factors and a constant."""
-
-    factors: tuple[RealFactor, ...]
-    constant: Fraction = Fraction(0)
-
-    def of(self, chosen: Sequence[int]) -> Fraction:
-        """The exact sum for a choice of each decision."""
-        parts = (f.table[tuple(chosen[d] for d in f.scope)] for f in self.factors)
-        return self.constant + sum(parts, Fraction(0))
-
-    @property
-    def span(self) -> tuple[Fraction, Fraction]:
-        """Bounds of the sum: those of its factors added up."""
-        low = self.constant + sum((f.table.min() for f in self.factors), Fraction(0))
-        return low, self.constant + sum((f.table.max() for f in self.factors), Fraction(0))
 
 
 def unit_of(metric: Metric, target: Target) -> Fraction:
@@ -137,9 +110,9 @@ class GraphCosts:
         self._decision = {v: i for i, d in enumerate(decisions) for v in d.values}
         self._storages = [tuple(d.choices.values()) for d in decisions]
         self._weights = [v for d in decisions if d.kind is Kind.WEIGHTS for v in d.values]
-        self._known: dict[tuple[Metric, Homes], tuple[RealTotal, ...]] = {}
+        self._known: dict[tuple[Metric, Homes], tuple[Total, ...]] = {}
 
-    def totals(self, metric: Metric, homes: Homes) -> tuple[RealTotal, ...]:
+    def totals(self, metric: Metric, homes: Homes) -> tuple[Total, ...]:
         """The totals whose largest is the metric, in units of `unit_of`, with data in these memories.
 
         Raises PassError where the target says nothing of it, and for a layer with too many joint choices.
@@ -148,19 +121,19 @@ class GraphCosts:
             self._known[metric, homes] = self._totals(metric, homes)
         return self._known[metric, homes]
 
-    def _totals(self, metric: Metric, homes: Homes) -> tuple[RealTotal, ...]:
+    def _totals(self, metric: Metric, homes: Homes) -> tuple[Total, ...]:
         if metric is Metric.PEAK:
             return tuple(self._bytes(values) for values in self._alive)
         if metric is Metric.WEIGHTS:
             return (self._bytes(self._weights),)
-        factors, constant = list[RealFactor](), Fraction(0)
+        factors, constant = list[Factor](), Fraction(0)
         for ops, seen in self._groups:
             found, rest = apart(*self._layer(ops, seen, metric, homes))
             factors += found
             constant += rest
-        return (RealTotal(tuple(factors), constant),)
+        return (Total(tuple(factors), constant),)
 
-    def forbidden(self) -> tuple[RealFactor, ...]:
+    def forbidden(self) -> tuple[Factor, ...]:
         """Where the tables of the target lack the pair of widths of a layer: 1, else 0.
 
         Raises QirError for a layer without a pair that they have.
@@ -171,29 +144,29 @@ class GraphCosts:
             if table.all():
                 layer_cost(work_of(self.graph, ops, seen), self.target, Homes())  # says what is missing
             if table.any():
-                found.append(RealFactor(scope, table))
+                found.append(Factor(scope, table))
         return tuple(found)
 
-    def room(self, room: Room) -> Iterator[tuple[RealTotal, int]]:
+    def room(self, room: Room) -> Iterator[tuple[Total, int]]:
         """What must fit so that data lives in these memories: totals, and the bytes that there are."""
         (constants,) = self.totals(Metric.CONSTANTS, room.homes)
         for peak in self.totals(Metric.PEAK, room.homes):
             if room.activations is not None:
                 yield peak, room.activations
             if room.both is not None:
-                yield RealTotal(peak.factors + constants.factors, peak.constant + constants.constant), room.both
+                yield Total(peak.factors + constants.factors, peak.constant + constants.constant), room.both
 
-    def _bytes(self, values: Iterable[Value]) -> RealTotal:
+    def _bytes(self, values: Iterable[Value]) -> Total:
         """The bytes of some values together."""
-        factors, constant = list[RealFactor](), Fraction(0)
+        factors, constant = list[Factor](), Fraction(0)
         for value in values:
             place = self._decision.get(value)
             if place is None:
                 constant += -(-value_bits(value) // 8)
                 continue
             sizes = [-(-value_bits(value, {value: s}) // 8) for s in self._storages[place]]
-            factors.append(RealFactor((place,), _fractions(sizes)))
-        return RealTotal(tuple(factors), constant)
+            factors.append(Factor((place,), fractions(sizes)))
+        return Total(tuple(factors), constant)
 
     def _layer(
         self, ops: Sequence[Op], seen: frozenset[Value], metric: Metric, homes: Homes
@@ -228,10 +201,10 @@ class GraphCosts:
             at = dict(zip(scope, chosen, strict=True))
             storages = {v: self._storages[self._decision[v]][at[self._decision[v]]] for v in values}
             numbers.append(number(work_of(self.graph, ops, seen, storages)))
-        return scope, _fractions(numbers).reshape(shape)
+        return scope, fractions(numbers).reshape(shape)
 
 
-def apart(scope: tuple[int, ...], table: Table) -> tuple[list[RealFactor], Fraction]:
+def apart(scope: tuple[int, ...], table: Table) -> tuple[list[Factor], Fraction]:
     """A table as a constant and factors of one decision each, where it is a sum of such; else as it is.
 
     Decisions that it does not depend on are left out.
@@ -242,14 +215,14 @@ def apart(scope: tuple[int, ...], table: Table) -> tuple[list[RealFactor], Fract
         own = table[tuple(slice(None) if i == axis else 0 for i in range(table.ndim))] - first
         axes.append(own.reshape(tuple(-1 if i == axis else 1 for i in range(table.ndim))))
     if np.array_equal(sum(axes, np.full(table.shape, first)), table):
-        singles = [RealFactor((d,), own.reshape(-1)) for d, own in zip(scope, axes, strict=True) if own.any()]
+        singles = [Factor((d,), own.reshape(-1)) for d, own in zip(scope, axes, strict=True) if own.any()]
         return singles, Fraction(first)
     kept = [i for i in range(table.ndim) if (table != table.take([0], axis=i)).any()]
     reduced = table[tuple(slice(None) if i in kept else 0 for i in range(table.ndim))]
-    return [RealFactor(tuple(scope[i] for i in kept), reduced)], Fraction(0)
+    return [Factor(tuple(scope[i] for i in kept), reduced)], Fraction(0)
 
 
-def _fractions(numbers: Iterable[float]) -> Table:
+def fractions(numbers: Iterable[float]) -> Table:
     """An array of fractions, exactly as large as these numbers."""
     found = [Fraction(n) for n in numbers]
     table = np.empty(len(found), object)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from qir.cost import Homes, Room, graph_cost, rooms
 from qir.errors import PassError
 from qir.ir import Graph
 from qir.passes.widths.budgets import BudgetText
-from qir.passes.widths.costs import PLACED, GraphCosts, Metric, RealFactor, RealTotal, Table, unit_of, value_of
+from qir.passes.widths.costs import PLACED, GraphCosts, Metric, fractions, unit_of, value_of
 from qir.passes.widths.decisions import Decision, with_storages
 from qir.passes.widths.solver import MOST, Factor, Problem, Solution, Total, solve
 from qir.target import Target
@@ -76,8 +76,8 @@ class WidthProblem:
             missing = [c for c in decision.choices if c not in own]
             if missing:
                 raise PassError(f"{decision.kind} of %{decision.name}: no loss is known of {', '.join(missing)} bits")
-            factors.append(RealFactor((place,), _array([Fraction(own[c]) for c in decision.choices])))
-        self.loss = RealTotal(tuple(factors))
+            factors.append(Factor((place,), fractions(own[c] for c in decision.choices)))
+        self.loss = Total(tuple(factors))
 
     def best(
         self, budgets: Sequence[Budget] = (), minimize: Metric | None = None, most_loss: Fraction | None = None
@@ -114,14 +114,14 @@ class WidthProblem:
     def most(self, metric: Metric) -> Fraction:
         """What no choices take more of a metric than, wherever data lives."""
         totals = [t for room in rooms(self.target) for t in self.costs.totals(metric, room.homes)]
-        return max(t.span[1] for t in totals) * unit_of(metric, self.target)
+        return Fraction(max(t.span[1] for t in totals)) * unit_of(metric, self.target)
 
     def exact(self, metric: Metric, chosen: Sequence[int]) -> Fraction:
         """What choices, one for each decision by its number, take of a metric."""
         if metric in PLACED:  # memories depend on the choices
             return self.assignment(chosen).costs[metric]
         totals = self.costs.totals(metric, rooms(self.target)[0].homes)
-        return max(t.of(chosen) for t in totals) * unit_of(metric, self.target)
+        return Fraction(max(t.of(chosen) for t in totals)) * unit_of(metric, self.target)
 
     def states(self, metric: Metric) -> bool:
         """Whether the target states what a metric takes."""
@@ -150,7 +150,7 @@ class WidthProblem:
         _, solution = min(found, key=lambda f: (f[0], f[1].chosen))
         return self.assignment(solution.chosen, solution.gap)
 
-    def _rooms(self) -> Iterator[tuple[Room, Sequence[tuple[RealTotal, int]]]]:
+    def _rooms(self) -> Iterator[tuple[Room, Sequence[tuple[Total, int]]]]:
         """Where data can live, with what must fit for it, up to the first where everything does."""
         for room in rooms(self.target):
             limits = list(self.costs.room(room))
@@ -165,11 +165,11 @@ class WidthProblem:
         budgets: Sequence[Budget],
         minimize: Metric | None,
         most_loss: Fraction | None,
-        room: Sequence[tuple[RealTotal, int]],
+        room: Sequence[tuple[Total, int]],
     ) -> tuple[tuple[Fraction, ...], Solution] | None:
         """The best with data in these memories, and its objectives."""
         limits = [(total, Fraction(most)) for total, most in room]
-        objectives: list[tuple[RealTotal, ...]] = []
+        objectives: list[tuple[Total, ...]] = []
         for budget in budgets:
             totals, unit = self.costs.totals(budget.metric, homes), unit_of(budget.metric, self.target)
             limits += [(total, budget.most / unit) for total in totals]
@@ -220,7 +220,7 @@ class WidthProblem:
         return f"{head}; " + "; ".join(lines)
 
 
-def scaled_limit(total: RealTotal, most: Fraction) -> tuple[Total, int]:
+def scaled_limit(total: Total, most: Fraction) -> tuple[Total, int]:
     """A limit in integers: exact where they are small, else rounded down to a millionth of what the limit leaves."""
     low, high = total.span
     unit = _exact_unit(total)
@@ -238,7 +238,7 @@ def scaled_limit(total: RealTotal, most: Fraction) -> tuple[Total, int]:
     return Total(tuple(factors)), limit
 
 
-def _scaled(totals: Sequence[RealTotal], known: Fraction | None) -> Iterator[Total]:
+def _scaled(totals: Sequence[Total], known: Fraction | None) -> Iterator[Total]:
     """An objective in integers: exact where they are small, else to the nearest of many steps.
 
     `known` is an objective that can be attained: what is worse need not be told apart, so that steps are finer.
@@ -261,7 +261,7 @@ def _scaled(totals: Sequence[RealTotal], known: Fraction | None) -> Iterator[Tot
         yield Total(tuple(factors), round(constant / unit) if unit else 0)
 
 
-def _exact_unit(total: RealTotal) -> Fraction | None:
+def _exact_unit(total: Total) -> Fraction | None:
     """The largest number of which all differences within the factors are multiples; None where there are none."""
     numbers = [e - f.table.min() for f in total.factors for e in f.table.reshape(-1)]
     numbers = [n for n in numbers if n]
@@ -269,9 +269,3 @@ def _exact_unit(total: RealTotal) -> Fraction | None:
         return None
     bottom = math.lcm(*(n.denominator for n in numbers))
     return Fraction(math.gcd(*(int(n * bottom) for n in numbers)), bottom)
-
-
-def _array(entries: Sequence[Any]) -> Table:
-    table = np.empty(len(entries), object)
-    table[:] = entries
-    return table

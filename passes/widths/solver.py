@@ -1,8 +1,8 @@
 """Choices of least cost under limits, to proved optimality: an integer linear program for HiGHS, by way of scipy.
 
 A problem is made of decisions, each with some choices, and of totals: sums of tables, each over the choices of a few
-decisions. All numbers are integers, so that what the solver, which computes in floating point, calls a solution is
-checked exactly.
+decisions. All numbers of a problem are integers, so that what the solver, which computes in floating point, calls a
+solution is checked exactly.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from qir.errors import PassError
 
-Ints = npt.NDArray[np.int64]
-
 #: The largest sum of a table's entries for which rows of the program stay well within the tolerances of HiGHS.
 MOST: Final = 1 << 20
 _CUTS: Final = 1000
@@ -28,22 +26,29 @@ _INFEASIBLE: Final = 2  # what scipy's milp gives as its status
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Integers by the choices of the decisions in `scope`, ascending: [choices of each]."""
+    """Numbers by the choices of the decisions in `scope`, ascending: [choices of each], int64 or fractions."""
 
     scope: tuple[int, ...]
-    table: Ints
+    table: npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """A sum of factors and a constant."""
+    """A sum of factors and a constant: whole numbers for the solver, fractions before they are scaled."""
 
     factors: tuple[Factor, ...]
-    constant: int = 0
+    constant: Any = 0
 
-    def of(self, chosen: Sequence[int]) -> int:
+    def of(self, chosen: Sequence[int]) -> Any:
         """The exact sum for a choice of each decision."""
-        return self.constant + sum(int(f.table[tuple(chosen[d] for d in f.scope)]) for f in self.factors)
+        parts = (f.table.item(*(chosen[d] for d in f.scope)) for f in self.factors)
+        return sum(parts, self.constant)
+
+    @property
+    def span(self) -> tuple[Any, Any]:
+        """Bounds of the sum: those of its factors added up."""
+        low = sum((f.table.min() for f in self.factors), self.constant)
+        return low, sum((f.table.max() for f in self.factors), self.constant)
 
 
 @dataclass(frozen=True, eq=False)

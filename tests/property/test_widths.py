@@ -20,7 +20,7 @@ import qir
 from qir.cost import graph_cost, rooms
 from qir.ir import Graph
 from qir.pass_manager import PassContext
-from qir.passes.widths.costs import Metric, RealTotal, unit_of, value_of
+from qir.passes.widths.costs import Metric, unit_of, value_of
 from qir.passes.widths.decisions import Decision, Widths, decisions, with_storages
 from qir.passes.widths.problem import Budget, InfeasibleError, WidthProblem
 from qir.passes.widths.solver import Factor, Problem, Total, solve
@@ -211,8 +211,8 @@ METRICS = (
 )
 
 
-def total_of(totals: Sequence[RealTotal], chosen: Sequence[int]) -> Fraction:
-    return max(total.of(chosen) for total in totals)
+def total_of(totals: Sequence[Total], chosen: Sequence[int]) -> Fraction:
+    return Fraction(max(total.of(chosen) for total in totals))
 
 
 @given(networks(), st.sampled_from([FABRIC, MEMORIES]), st.integers(0, 2**32 - 1))
