@@ -45,9 +45,10 @@ class AssignBitWidths(Pass):
     With `budget`, such as `weights:0.5x;latency:120us`, widths are those of least loss within it, and with `minimize`,
     such as `energy`, those that take least while the loss keeps to `floor`, such as `sqnr:30`: proved best by an
     integer linear program over what `qir.cost` gives for each layer and what each width costs in `quality` (`sqnr` or
-    `kl`), measured on the calibration feeds or taken from the file `sensitivity`. `proxy` measures one width of each
-    layer only. `weights`, such as `8;6;4/codebook`, and `activations` are the widths to choose from, all of the
-    target's without; what is overridden stays. Widths for weights alone are left to overrides.
+    `kl`), measured on the calibration feeds with weights rounded to nearest, or taken from the file `sensitivity`.
+    `proxy` measures one width of each layer only. `weights`, such as `8;6;4/codebook`, and `activations` are the widths
+    to choose from, all of the target's without; what is overridden stays. Widths for weights alone are left to
+    overrides.
 
     Raises PassError for what does not fit the target, and InfeasibleError, with the best attainable values, where no
     widths keep the budgets.

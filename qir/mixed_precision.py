@@ -144,8 +144,8 @@ def pareto(
     """The exact front of widths: of all that take so much of `metric`, those of least loss, within `budgets` too.
 
     Up to `points` of it, at even steps between the least that can be had and what the least loss takes, and one for
-    what each uniform width takes; beside them what a greedy search finds within the same limits, and the same width for
-    all weights. Each is compiled by
+    what each uniform width takes; beside them what a greedy search finds within the same limits, where there are no
+    further budgets, and the same width for all weights. Each is compiled by
     `pipeline` and run on the integer kernels over the feeds of `evaluation`, those of the calibration without:
     `score`, such as an accuracy, is of the outputs of the whole evaluation. Losses are those of `sensitivity`, whose
     options the others are; `measured` takes its place.
