@@ -7,7 +7,7 @@ what a budget leaves, with the last word to the exact costs, and of 2**-20 of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
@@ -187,12 +187,14 @@ class WidthProblem:
         def accepts(chosen: Sequence[int]) -> bool:
             return all(total.of(chosen) <= most for total, most in limits)
 
-        start = solve(Problem(sizes, (tuple(_scaled(objectives[0], None)),), kept, forbidden, accepts))
-        if start is None:
+        def solved(*scaled: Sequence[Total]) -> Solution | None:
+            return solve(Problem(sizes, tuple(map(tuple, scaled)), kept, forbidden, accepts))
+
+        known = _refined(objectives[0], solved)
+        if known is None:
             return None
-        first = tuple(_scaled(objectives[0], max(t.of(start.chosen) for t in objectives[0])))
-        rest = tuple(tuple(_scaled(o, None)) for o in objectives[1:])
-        solution = solve(Problem(sizes, (first, *rest), kept, forbidden, accepts)) or start
+        solution = solved(_scaled(objectives[0], known), *(_scaled(o, None) for o in objectives[1:]))
+        assert solution is not None
         return tuple(max(t.of(solution.chosen) for t in o) for o in objectives), solution
 
     def _attainable(self, budgets: Sequence[Budget], most_loss: Fraction | None) -> str:
@@ -238,27 +240,49 @@ def scaled_limit(total: Total, most: Fraction) -> tuple[Total, int]:
     return Total(tuple(factors)), limit
 
 
-def _scaled(totals: Sequence[Total], known: Fraction | None) -> Iterator[Total]:
+def _refined(totals: Sequence[Total], solved: Callable[[Sequence[Total]], Solution | None]) -> Fraction | None:
+    """About the least that an objective can be, and attained: steps get finer until it hardly falls any more."""
+    low = min(t.span[0] for t in totals)
+    known: Fraction | None = None
+    while True:
+        found = solved(_scaled(totals, known))
+        if found is None:
+            return known
+        value = Fraction(max(t.of(found.chosen) for t in totals))
+        if _steps(totals) is not None or value == low or (known is not None and 2 * (value - low) >= known - low):
+            return value if known is None else min(value, known)
+        known = value
+
+
+def _scaled(totals: Sequence[Total], known: Fraction | None) -> list[Total]:
     """An objective in integers: exact where they are small, else to the nearest of many steps.
 
     `known` is an objective that can be attained: what is worse need not be told apart, so that steps are finer.
     """
     low, high = min(t.span[0] for t in totals), max(t.span[1] for t in totals)
-    units = [_exact_unit(t) for t in totals]
-    unit: Fraction | None = units[0] if len(totals) == 1 else Fraction(1)
-    if unit is None or (high - low) / unit > MOST:
-        unit = (high - low) / _COARSE_STEPS
-        if known is not None and len(totals) == 1:
-            unit = min(unit, (known - low) / _FINE_STEPS) or unit
-    top = high - low if known is None or len(totals) > 1 else known - low
+    unit, top = _steps(totals), high - low
+    if unit is None:
+        unit = top / _COARSE_STEPS
+        if known is not None and len(totals) == 1 and known > low:
+            # Sums of rounded entries may be above what is known by half a step for each: what is cut off must be more.
+            unit = min(unit, (known - low) / _FINE_STEPS)
+            top = known - low + unit * (len(totals[0].factors) + 1)
+    found = []
     for total in totals:
         factors = []
         for factor in total.factors:
-            entries = [min(e - factor.table.min(), top + unit) / unit if unit else 0 for e in factor.table.reshape(-1)]
+            entries = [min(e - factor.table.min(), top) / unit if unit else 0 for e in factor.table.reshape(-1)]
             table = np.array([round(e) for e in entries], np.int64).reshape(factor.table.shape)
             factors.append(Factor(factor.scope, table))
-        constant = total.span[0] - low
-        yield Total(tuple(factors), round(constant / unit) if unit else 0)
+        found.append(Total(tuple(factors), round((total.span[0] - low) / unit) if unit else 0))
+    return found
+
+
+def _steps(totals: Sequence[Total]) -> Fraction | None:
+    """The step in which an objective is exact, where it has few of them."""
+    low, high = min(t.span[0] for t in totals), max(t.span[1] for t in totals)
+    unit = _exact_unit(totals[0]) if len(totals) == 1 else Fraction(1)
+    return None if unit is None or (high - low) / unit > MOST else unit
 
 
 def _exact_unit(total: Total) -> Fraction | None:

@@ -21,7 +21,7 @@ from qir.cost import graph_cost, rooms
 from qir.ir import Graph
 from qir.pass_manager import PassContext
 from qir.passes.widths.costs import Metric, unit_of, value_of
-from qir.passes.widths.decisions import Decision, Widths, decisions, with_storages
+from qir.passes.widths.decisions import Decision, Kind, Widths, decisions, with_storages
 from qir.passes.widths.problem import Budget, InfeasibleError, WidthProblem
 from qir.passes.widths.solver import Factor, Problem, Total, solve
 from qir.target import Target, WeightFormat
@@ -268,6 +268,60 @@ def test_widths_of_graphs_are_those_of_brute_force(network: Graph, target: Targe
         assert least_cost <= least.costs[metrics[0]] <= least_cost * (1 + Fraction(1, 100_000))
     else:
         assert least.costs[metrics[0]] == least_cost
+
+
+@given(networks(), st.integers(0, 2**32 - 1), st.floats(0, 1))
+@settings(max_examples=max(25, settings().max_examples // 10))
+def test_losses_of_many_magnitudes_are_told_apart(network: Graph, seed: int, share: float) -> None:
+    """As real losses are: of 8 bits a millionth of that of 1 bit."""
+    graph = assigned(network, FABRIC)
+    found = decisions(graph, FABRIC, Widths(("8", "4", "2", "1"), (8,)))
+    rng = np.random.default_rng(seed)
+    losses = [
+        dict(zip(d.choices, np.sort(10.0 ** rng.uniform(-8, 1, len(d.choices))).tolist(), strict=True)) for d in found
+    ]
+    problem = WidthProblem(graph, FABRIC, found, losses)
+    every = list(np.ndindex(*(len(d.choices) for d in found)))
+    costs = [problem.exact(Metric.WEIGHTS, chosen) for chosen in every]
+    budget = min(costs) + (max(costs) - min(costs)) * Fraction(share)
+    best = problem.best([Budget(Metric.WEIGHTS, budget)])
+    least = min(problem.loss.of(chosen) for chosen, cost in zip(every, costs, strict=True) if cost <= budget)
+    assert least <= Fraction(best.loss) * (1 + Fraction(1, 10**12))
+    assert Fraction(best.loss) <= least * (1 + Fraction(1, 100_000))  # the steps are finer by far
+
+
+@pytest.mark.parametrize("seed", [0, 1, 37])
+def test_forty_layers_are_as_good_as_by_dynamic_programming(seed: int) -> None:
+    """With losses as real ones are, and one large layer, whose narrowest width alone would save all the bytes."""
+    lines = [f"v{i} = MatMul({f'v{i - 1}' if i else 'x'}, w{i})" for i in range(40)]
+    text = f"g (float[N,2,3,3] x) => (float[N,2,3,40] v39) {{ {' '.join(lines)} }}"
+    weights: dict[str, Any] = {f"w{i}": random(3, 40 if i == 39 else 3, seed=i) * np.float32(0.5) for i in range(40)}
+    graph = assigned(qir.import_onnx(model(text, **weights)), FABRIC)
+    found = decisions(graph, FABRIC, Widths(("8", "4", "2", "1"), (8,)))
+    rng = np.random.default_rng(seed)
+    lows, highs = (-6, -4, -2, -1), (-5, -3, -1, 1)
+    losses = [
+        dict(zip(d.choices, (10.0 ** rng.uniform(lows[:count], highs[:count])).tolist(), strict=True))
+        for d in found
+        if (count := len(d.choices))
+    ]
+    problem = WidthProblem(graph, FABRIC, found, losses)
+    best = {0: Fraction(0)}  # the least loss of what takes so many bytes
+    for decision, own in zip(found, losses, strict=True):
+        taken: dict[int, Fraction] = {}
+        elements = decision.values[0].type.sample_size if decision.kind is Kind.WEIGHTS else 0
+        for name, storage in decision.choices.items():
+            size = -(-elements * storage.stored_bits // 8)
+            for cost, loss in best.items():
+                total = loss + Fraction(own[name])
+                taken[cost + size] = min(total, taken.get(cost + size, total))
+        best = taken
+    for share in (0.2, 0.5, 0.8, 0.9, 0.96):
+        budget = min(best) + (max(best) - min(best)) * Fraction(share)
+        expected = min(loss for cost, loss in best.items() if cost <= budget)
+        point = problem.best([Budget(Metric.WEIGHTS, budget)])
+        assert point.costs[Metric.WEIGHTS] <= budget
+        assert abs(Fraction(point.loss) - expected) <= expected / 10_000
 
 
 def test_all_metrics_of_a_fabric_are_held_to_and_rooms_are_several() -> None:
