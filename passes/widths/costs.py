@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -127,8 +127,8 @@ class GraphCosts:
         if metric is Metric.WEIGHTS:
             return (self._bytes(self._weights),)
         factors, constant = list[Factor](), Fraction(0)
-        for ops, seen in self._groups:
-            found, rest = apart(*self._layer(ops, seen, metric, homes))
+        for scope, works in self._layers:
+            found, rest = apart(scope, _map(works, lambda work: self._cost(work, metric, homes)))
             factors += found
             constant += rest
         return (Total(tuple(factors), constant),)
@@ -139,10 +139,10 @@ class GraphCosts:
         Raises QirError for a layer without a pair that they have.
         """
         found = []
-        for ops, seen in self._groups:
-            scope, table = self._joint(ops, seen, self._is_uncovered)
+        for scope, works in self._layers:
+            table = _map(works, lambda work: int(self._is_uncovered(work)))
             if table.all():
-                layer_cost(work_of(self.graph, ops, seen), self.target, Homes())  # says what is missing
+                layer_cost(works.item(0), self.target, Homes())  # says what is missing
             if table.any():
                 found.append(Factor(scope, table))
         return tuple(found)
@@ -168,40 +168,43 @@ class GraphCosts:
             factors.append(Factor((place,), fractions(sizes)))
         return Total(tuple(factors), constant)
 
-    def _layer(
-        self, ops: Sequence[Op], seen: frozenset[Value], metric: Metric, homes: Homes
-    ) -> tuple[tuple[int, ...], Table]:
+    def _cost(self, work: Work, metric: Metric, homes: Homes) -> Fraction:
         """What a layer has of a metric."""
-
-        def cost(work: Work) -> float:
-            if self._is_uncovered(work):
-                return 0  # and forbidden
-            return _stated(metric, layer_cost(work, self.target, homes), self.target)
-
-        return self._joint(ops, seen, cost)
+        if self._is_uncovered(work):
+            return Fraction(0)  # and forbidden
+        return Fraction(_stated(metric, layer_cost(work, self.target, homes), self.target))
 
     def _is_uncovered(self, work: Work) -> bool:
         named = self.target.costs.uncovered(work.weight_bits, work.activation_bits) if work.macs else ()
         return any(name != "mac" for name in named)
 
-    def _joint(
-        self, ops: Sequence[Op], seen: frozenset[Value], number: Callable[[Work], float]
-    ) -> tuple[tuple[int, ...], Table]:
-        """A number for each joint choice of the decisions that a layer depends on."""
-        values = [v for op in ops for v in (*op.operands, *op.results) if v in self._decision]
-        scope = tuple(sorted({self._decision[v] for v in values}))
-        shape = tuple(len(self._storages[d]) for d in scope)
-        if math.prod(shape) > _MOST_JOINT:
-            raise PassError(
-                f"{layer_name(ops)} has {math.prod(shape):,} choices of widths together; "
-                "choose from fewer by weight-bits and activation-bits"
-            )
-        numbers = []
-        for chosen in np.ndindex(*shape):
-            at = dict(zip(scope, chosen, strict=True))
-            storages = {v: self._storages[self._decision[v]][at[self._decision[v]]] for v in values}
-            numbers.append(number(work_of(self.graph, ops, seen, storages)))
-        return scope, fractions(numbers).reshape(shape)
+    @cached_property
+    def _layers(self) -> list[tuple[tuple[int, ...], Table]]:
+        """For each layer the decisions that it depends on, and its work for each joint choice of them."""
+        found = []
+        for ops, seen in self._groups:
+            values = [v for op in ops for v in (*op.operands, *op.results) if v in self._decision]
+            scope = tuple(sorted({self._decision[v] for v in values}))
+            works = np.empty([len(self._storages[d]) for d in scope], object)
+            if works.size > _MOST_JOINT:
+                raise PassError(
+                    f"{layer_name(ops)} has {works.size:,} choices of widths together; list fewer by weights and "
+                    "activations"
+                )
+            for chosen in np.ndindex(*works.shape):
+                at = dict(zip(scope, chosen, strict=True))
+                storages = {v: self._storages[self._decision[v]][at[self._decision[v]]] for v in values}
+                works[chosen] = work_of(self.graph, ops, seen, storages)
+            found.append((scope, works))
+        return found
+
+
+def _map(works: Table, number: Callable[[Work], object]) -> Table:
+    """A number for each work."""
+    found = np.empty(works.shape, object)
+    for place in np.ndindex(*works.shape):
+        found[place] = number(works.item(*place))
+    return found
 
 
 def apart(scope: tuple[int, ...], table: Table) -> tuple[list[Factor], Fraction]:

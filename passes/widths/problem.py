@@ -155,7 +155,7 @@ class WidthProblem:
         for room in rooms(self.target):
             limits = list(self.costs.room(room))
             if all(total.span[0] <= most for total, most in limits):
-                yield room, limits
+                yield room, [(total, most) for total, most in limits if total.span[1] > most]
             if all(total.span[1] <= most for total, most in limits):
                 return
 
@@ -234,7 +234,7 @@ def scaled_limit(total: Total, most: Fraction) -> tuple[Total, int]:
     limit = math.floor((most - low) / unit)
     factors = []
     for factor in total.factors:
-        entries = [math.floor((e - factor.table.min()) / unit) for e in factor.table.reshape(-1)]
+        entries = [math.floor((e - factor.ends[0]) / unit) for e in factor.table.reshape(-1)]
         table = np.minimum(np.array(entries, object), max(limit, 0) + 1).astype(np.int64)
         factors.append(Factor(factor.scope, table.reshape(factor.table.shape)))
     return Total(tuple(factors)), limit
@@ -271,7 +271,7 @@ def _scaled(totals: Sequence[Total], known: Fraction | None) -> list[Total]:
     for total in totals:
         factors = []
         for factor in total.factors:
-            entries = [min(e - factor.table.min(), top) / unit if unit else 0 for e in factor.table.reshape(-1)]
+            entries = [min(e - factor.ends[0], top) / unit if unit else 0 for e in factor.table.reshape(-1)]
             table = np.array([round(e) for e in entries], np.int64).reshape(factor.table.shape)
             factors.append(Factor(factor.scope, table))
         found.append(Total(tuple(factors), round((total.span[0] - low) / unit) if unit else 0))
@@ -287,7 +287,7 @@ def _steps(totals: Sequence[Total]) -> Fraction | None:
 
 def _exact_unit(total: Total) -> Fraction | None:
     """The largest number of which all differences within the factors are multiples; None where there are none."""
-    numbers = [e - f.table.min() for f in total.factors for e in f.table.reshape(-1)]
+    numbers = [e - f.ends[0] for f in total.factors for e in f.table.reshape(-1)]
     numbers = [n for n in numbers if n]
     if not numbers:
         return None

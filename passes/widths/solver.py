@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +32,11 @@ class Factor:
     scope: tuple[int, ...]
     table: npt.NDArray[Any]
 
+    @cached_property
+    def ends(self) -> tuple[Any, Any]:
+        """The least and the greatest number."""
+        return self.table.min(), self.table.max()
+
 
 @dataclass(frozen=True, eq=False)
 class Total:
@@ -44,11 +50,11 @@ class Total:
         parts = (f.table.item(*(chosen[d] for d in f.scope)) for f in self.factors)
         return sum(parts, self.constant)
 
-    @property
+    @cached_property
     def span(self) -> tuple[Any, Any]:
         """Bounds of the sum: those of its factors added up."""
-        low = sum((f.table.min() for f in self.factors), self.constant)
-        return low, sum((f.table.max() for f in self.factors), self.constant)
+        low, high = (sum((f.ends[i] for f in self.factors), self.constant) for i in (0, 1))
+        return low, high
 
 
 @dataclass(frozen=True, eq=False)
