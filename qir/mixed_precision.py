@@ -26,7 +26,7 @@ from qir.passes.widths.budgets import metric_of, parse_budget
 from qir.passes.widths.costs import Metric
 from qir.passes.widths.decisions import Kind, Widths, decisions
 from qir.passes.widths.problem import Assignment, Budget, WidthProblem
-from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, quality_of
+from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, quality_of, rank_correlation
 from qir.passes.widths.sensitivity import Analysis, Sensitivity
 from qir.program import Program
 from qir.rewrite import map_values
@@ -97,8 +97,7 @@ class Point:
 class Front:
     """Points of least loss for what they take of `metric`, with greedy and uniform ones beside them, each in order.
 
-    `samples` were evaluated; `float_score` is that of the float graph. `correlation` is Spearman's, of estimated losses
-    with those of the integer programs.
+    `samples` were evaluated; `float_score` is that of the float graph.
     """
 
     graph: str
@@ -108,6 +107,11 @@ class Front:
     samples: int
     points: tuple[Point, ...]
     float_score: float | None
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of the estimated losses with those of the integer programs."""
+        return rank_correlation([(p.loss, p.measured) for p in self.points])
 
     def of(self, origin: str) -> tuple[Point, ...]:
         """The points of an origin, from the one that takes least."""

@@ -54,6 +54,7 @@ def front_text(front: Front) -> str:
         rows = [row[:3] + row[4:] for row in rows]
     fields = [
         ("losses", f"{front.quality}, on {front.samples:,} samples, measured on the integer kernels"),
+        ("estimates", f"rank correlation with the measured losses {front.correlation:.3f}, by Spearman"),
         ("best", f"proved: the relative gap is {max(p.gap for p in front.of('front')):g} at every point of the front"),
     ]
     if front.float_score is not None:

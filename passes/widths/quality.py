@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
@@ -79,3 +79,13 @@ def quality_of(name: str) -> Quality:
 def loss_of_floor(quality: Quality, floor: float) -> Fraction:
     """The most loss that a floor of quality leaves: dB of SQNR, nats of kl, else the loss itself."""
     return Fraction(10.0 ** (-floor / 10)) if quality is SQNR else Fraction(floor)
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's rank correlation: 1 where both sort all alike; not a number for fewer than three, or equal ones."""
+    from scipy.stats import spearmanr
+
+    columns = np.array(pairs, np.float64).T
+    if len(pairs) < 3 or any(np.ptp(column) == 0 for column in columns):
+        return float("nan")
+    return float(spearmanr(*columns).statistic)

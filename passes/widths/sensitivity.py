@@ -32,7 +32,7 @@ from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, no_progress
 from qir.passes.calibrate import parts_of
 from qir.passes.select_q_formats import Search, SelectQFormats
 from qir.passes.widths.decisions import Decision, Kind, with_storages
-from qir.passes.widths.quality import Quality
+from qir.passes.widths.quality import Quality, rank_correlation
 from qir.printer import print_graph
 from qir.rewrite import map_values
 from qir.serialization import write_bytes
@@ -54,13 +54,18 @@ class Way:
 
 
 def ways_of(target: Target, passes: Pipeline) -> dict[Kind, dict[str, Way]]:
-    """The contract's own way, under the empty name, and others that it allows: `range`, `symmetric`, `per_tensor`."""
+    """The contract's own way, under the empty name, and others that it allows.
+
+    Of activations `range` and `percentile`, and `symmetric` where signed ones have zero points; of weights `per_tensor`
+    where there is a scale for each channel.
+    """
     own = Way(target, passes)
     found = {kind: {"": own} for kind in Kind}
     if "select-q-formats" in (p.name for p in passes):
-        by_range = passes.replace("select-q-formats", SelectQFormats(Search.RANGE))
-        found[Kind.ACTIVATIONS]["range"] = replace(own, passes=by_range)
-    if target.activations.scheme is Scheme.AFFINE:
+        for search in (Search.RANGE, Search.PERCENTILE):
+            other = passes.replace("select-q-formats", SelectQFormats(search))
+            found[Kind.ACTIVATIONS][search] = replace(own, passes=other)
+    if target.activations.scheme is Scheme.AFFINE and target.activations.signed:
         symmetric = replace(target, activations=replace(target.activations, scheme=Scheme.SYMMETRIC))
         found[Kind.ACTIVATIONS]["symmetric"] = replace(own, target=symmetric)
     if Granularity.PER_CHANNEL in (target.weights.conv, target.weights.matmul):
@@ -118,14 +123,9 @@ class Sensitivity:
     def correlation(self) -> float:
         """Spearman's rank correlation of the losses with their estimates: 1 where they sort all choices alike.
 
-        Not a number where all are the same, or none was measured but what the estimates rest on.
+        Not a number where all are the same; with the proxy, estimates are compared with themselves.
         """
-        from scipy.stats import spearmanr
-
-        pairs = np.array([(e.loss, e.estimate) for e in self.losses])
-        if len(pairs) < 3 or any(np.ptp(column) == 0 for column in pairs.T):
-            return float("nan")
-        return float(spearmanr(*pairs.T).statistic)
+        return rank_correlation([(e.loss, e.estimate) for e in self.losses])
 
     def to_json(self) -> str:
         """All of it as JSON, which `from_json` reads."""

@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from models import PATHS, calibration_images
 
 import qir
+from qir.backend import shipped_backends
 from qir.errors import PassError, QirError
 from qir.interpreter import interpret
 from qir.pass_manager import PassContext
@@ -24,6 +25,7 @@ from qir.passes.assign_bit_widths import AssignBitWidths
 from qir.passes.widths.decisions import Kind
 from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, divergence, noise_to_signal
 from qir.passes.widths.sensitivity import Sensitivity
+from qir.target import Granularity, Scheme
 
 GRAPH = """
 graph @small stage=float (%x: Nx2x3x3 x f32) {
@@ -38,6 +40,7 @@ graph @small stage=float (%x: Nx2x3x3 x f32) {
 }
 """
 WEIGHTS, ACTIVATIONS = ("8", "4", "2"), (8, 4)
+WAYS = ("", "range", "percentile")
 
 
 def feeds(*sizes: int) -> list[dict[str, npt.NDArray[Any]]]:
@@ -61,7 +64,7 @@ def serial() -> Sensitivity:
 def test_every_choice_of_every_decision_has_a_loss(serial: Sensitivity) -> None:
     found = {(e.kind, e.decision, e.choice, e.way) for e in serial.losses}
     weights = {(Kind.WEIGHTS, name, c, way) for name in "ay" for c in WEIGHTS for way in ("", "per_tensor")}
-    values = {(Kind.ACTIVATIONS, n, str(c), way) for n in "xasmy" for c in ACTIVATIONS for way in ("", "range")}
+    values = {(Kind.ACTIVATIONS, n, str(c), way) for n in "xasmy" for c in ACTIVATIONS for way in WAYS}
     assert found == weights | values
     assert len(serial.losses) == len(found)
     assert serial.samples == 43
@@ -117,6 +120,18 @@ def test_the_middle_choice_is_measured_in_the_proxy_too(serial: Sensitivity) -> 
         assert cheap.loss == cheap.estimate
         if full.choice == "4":  # the middle of three, and of two the second
             assert cheap.loss == pytest.approx(full.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("target", sorted(shipped_backends()))
+def test_every_target_is_measured_in_all_its_ways(target: str) -> None:
+    contract = qir.load_target(target)
+    found = qir.sensitivity(qir.parse(GRAPH), target, feeds(8), other_ways=True, proxy=True)
+    ways = {kind: {e.way for e in found.losses if e.kind is kind} for kind in Kind}
+    signed = contract.activations.signed and contract.activations.scheme is Scheme.AFFINE
+    assert ways[Kind.ACTIVATIONS] == {*WAYS, *(["symmetric"] if signed else [])}
+    channels = Granularity.PER_CHANNEL in (contract.weights.conv, contract.weights.matmul)
+    assert ways[Kind.WEIGHTS] == {"", *(["per_tensor"] if channels else [])}
+    assert all(np.isfinite(e.loss) and e.loss >= 0 for e in found.losses)
 
 
 # The same wherever it is measured
