@@ -273,7 +273,7 @@ def test_readme(readme: Shell) -> None:
         else:
             continue
         ran.append(block.kind)
-    assert ran == ["python", "sh"]
+    assert ran == ["python", "sh", "sh"]
     assert {"build", "dumps", "y.npz"} <= {p.name for p in readme.folder.iterdir()}
 
 
