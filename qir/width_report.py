@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -102,28 +102,33 @@ def draw_sensitivity(found: Sensitivity, kind: str) -> bytes:
 
 
 def draw_front(front: Front, kind: str) -> bytes:
-    """Scores, or losses on a logarithmic scale, over the metric: the front, greedy and uniform points.
+    """Scores where there are some, and measured losses on a logarithmic scale, over the metric, by origin.
 
     Raises QirError where matplotlib is not installed.
     """
-    figure = figure_of(7, 4.5)
-    axis = figure.subplots()
     unit, scale = _UNITS.get(front.metric, ("", 1.0))
-    for origin, colour, mark in zip(ORIGINS, (COLOURS[0], COLOURS[2], COLOURS[3]), "os^", strict=True):
-        points = front.of(origin)
-        x = [p.costs[front.metric] / scale for p in points]
-        y = [max(p.measured, _LEAST_LOSS) if p.score is None else p.score for p in points]
-        axis.plot(x, y, f"{mark}{':' if origin == 'uniform' else '-'}", color=colour, label=origin, markersize=5)
-        if origin == "uniform":
-            for place, point in zip(zip(x, y, strict=True), points, strict=True):
+    panels: dict[str, Callable[[Point], float]] = {f"measured loss ({front.quality})": _drawn_loss}
+    if front.float_score is not None:
+        panels = {"score": lambda p: p.score if p.score is not None else float("nan"), **panels}
+    figure = figure_of(5.5 * len(panels), 4.2)
+    figure.suptitle(f"{front.graph} on {front.target}, {front.samples:,} samples")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, height) in zip(axes, panels.items(), strict=True):
+        for origin, colour, mark in zip(ORIGINS, (COLOURS[0], COLOURS[2], COLOURS[3]), "os^", strict=True):
+            places = [(p.costs[front.metric] / scale, height(p)) for p in front.of(origin)]
+            style = f"{mark}{':' if origin == 'uniform' else '-'}"
+            axis.plot(*zip(*places, strict=True), style, color=colour, label=origin, markersize=5)
+            for place, point in zip(places, front.of(origin), strict=True) if origin == "uniform" else ():
                 name = next(iter(point.widths[Kind.WEIGHTS].values()))
                 axis.annotate(name, place, textcoords="offset points", xytext=(4, -9), fontsize=7, color=colour)
+        axis.set_xlabel(f"{front.metric}{f', {unit}' * bool(unit)}")
+        axis.set_ylabel(title)
     if front.float_score is not None:
-        axis.axhline(front.float_score, color=COLOURS[1], linestyle="--", label="float32")
-    else:
-        axis.set_yscale("log")
-    axis.set_xlabel(f"{front.metric}{f', {unit}' * bool(unit)}")
-    axis.set_ylabel(f"measured loss ({front.quality})" if front.float_score is None else "score")
-    axis.set_title(f"{front.graph} on {front.target}, {front.samples:,} samples")
-    axis.legend()
+        axes[0].axhline(front.float_score, color=COLOURS[1], linestyle="--", label="float32")
+    axes[-1].set_yscale("log")
+    axes[0].legend()
     return drawn(figure, kind)
+
+
+def _drawn_loss(point: Point) -> float:
+    return max(point.measured, _LEAST_LOSS)
