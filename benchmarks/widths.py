@@ -23,6 +23,7 @@ from qir.passes.learn_rounding import LearnRounding
 from qir.passes.search_weight_ranges import Method, SearchWeightRanges
 from qir.passes.widths.storage import default_widths
 from qir.report import progress_bar
+from qir.serialization import write_bytes
 from qir.width_report import draw_front, front_text
 
 _ALLOWED: Final = {"fm_cnn": 0.01, "fm_mobile": 0.03, "fm_mlp": 0.01}  # below float32, at half the bytes of 8 bits
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=8, help="of the front, at even steps (default: %(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="how many of the 10,000 test images (all)")
     parser.add_argument("--cache", metavar="DIR", help="folder for measured losses, to be found again")
-    parser.add_argument("--plot", metavar="DIR", type=Path, help="folder to draw widths-MODEL.svg into")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for widths-MODEL.svg and .json")
     arguments = parser.parse_args()
     missed = False
     for name in arguments.models:
@@ -109,8 +110,9 @@ def main() -> int:
             missed = True
             print(f"MISSED: {fault}")
         print(flush=True)
-        if arguments.plot:
-            (arguments.plot / f"widths-{name}.svg").write_bytes(draw_front(front, ".svg"))
+        if arguments.output:
+            write_bytes(arguments.output / f"widths-{name}.json", front.to_json().encode())
+            write_bytes(arguments.output / f"widths-{name}.svg", draw_front(front, ".svg"))
     return int(missed)
 
 

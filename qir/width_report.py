@@ -116,7 +116,7 @@ def draw_front(front: Front, kind: str) -> bytes:
     for axis, (title, height) in zip(axes, panels.items(), strict=True):
         for origin, colour, mark in zip(ORIGINS, (COLOURS[0], COLOURS[2], COLOURS[3]), "os^", strict=True):
             places = [(p.costs[front.metric] / scale, height(p)) for p in front.of(origin)]
-            style = f"{mark}{':' if origin == 'uniform' else '-'}"
+            style = mark if origin == "uniform" else f"{mark}-"
             axis.plot(*zip(*places, strict=True), style, color=colour, label=origin, markersize=5)
             for place, point in zip(places, front.of(origin), strict=True) if origin == "uniform" else ():
                 name = next(iter(point.widths[Kind.WEIGHTS].values()))
