@@ -270,6 +270,54 @@ def test_widths_of_graphs_are_those_of_brute_force(network: Graph, target: Targe
         assert least.costs[metrics[0]] == least_cost
 
 
+#: Five layers and five groups of activations: sums of what two layers make, and a concatenation that shares a format.
+SHARED = """g (float[N,2,3,3] x) => (float[N,2,3,3] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w0) s = Add(a, x) b = Conv(s, w1) c = Conv(s, w2) d = Concat<axis=1>(b, c)
+    e = Conv<pads=[1,1,1,1], group=4>(d, w3) y = Conv(e, w4)
+}"""
+
+
+def in_integers(total: Total, sizes: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], int]:
+    """A total for every joint choice, and by how much it is multiplied so that all are integers."""
+    numbers = [Fraction(total.constant), *(Fraction(e) for f in total.factors for e in f.table.reshape(-1))]
+    times = math.lcm(*(n.denominator for n in numbers))
+    found = np.full(sizes, int(numbers[0] * times), np.int64)
+    for factor in total.factors:
+        whole_table = np.array([int(e * times) for e in factor.table.reshape(-1)]).reshape(factor.table.shape)
+        found += spread(Factor(factor.scope, whole_table), sizes)
+    return found, times
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("metrics", [(Metric.WEIGHTS, Metric.LUT), (Metric.ENERGY, Metric.DSP), (Metric.CONSTANTS,)])
+def test_a_million_joint_widths_of_a_graph_by_brute_force(seed: int, metrics: tuple[Metric, ...]) -> None:
+    shapes = {"w0": (2, 2, 3, 3), "w1": (2, 2, 1, 1), "w2": (2, 2, 1, 1), "w3": (4, 1, 3, 3), "w4": (2, 4, 1, 1)}
+    weights: dict[str, Any] = {n: random(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
+    network = qir.import_onnx(model(SHARED, **weights))
+    target = replace(FABRIC, activations=replace(FABRIC.activations, bits=(4, 6, 8, 16), default=8))
+    graph = assigned(network, target)
+    found = decisions(graph, target, Widths(("8", "4", "2", "1")))
+    sizes = tuple(len(d.choices) for d in found)
+    assert math.prod(sizes) >= 4**10
+    assert any(len(d.values) == 3 for d in found)  # both operands of the concatenation and its result
+    rng = np.random.default_rng(seed)
+    losses = [dict(zip(d.choices, np.sort(rng.integers(0, 1000, len(d.choices))).tolist(), strict=True)) for d in found]
+    problem = WidthProblem(graph, target, found, losses)
+    loss, _ = in_integers(problem.loss, sizes)
+    left, budgets = np.ones(sizes, bool), []
+    homes = rooms(target)[0].homes
+    for metric in metrics:
+        (total,) = problem.costs.totals(metric, homes)
+        table, times = in_integers(total, sizes)
+        most = int(np.quantile(table, rng.uniform(0.1, 0.6)))
+        left &= table <= most
+        budgets.append(Budget(metric, Fraction(most, times) * unit_of(metric, target)))
+    best = problem.best(budgets)
+    assert best.loss == loss[left].min()
+    assert best.gap == 0
+    assert all(best.costs[b.metric] <= b.most for b in budgets)
+
+
 @given(networks(), st.integers(0, 2**32 - 1), st.floats(0, 1))
 @settings(max_examples=max(25, settings().max_examples // 10))
 def test_losses_of_many_magnitudes_are_told_apart(network: Graph, seed: int, share: float) -> None:
