@@ -1,48 +1,32 @@
-"""How much output quality each width costs: one decision at a time, all else in floating point.
-
-The graph is evaluated once; for each candidate only what depends on it is evaluated again. Each decision is a job of
-its own, which may run in another process, and whose results may be kept on disk under a hash of all that they follow
-from.
-"""
+"""How much output quality each width costs: one decision at a time, all else in floating point."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from qir.arrays import Array
 from qir.errors import PassError, QirError
 from qir.fixed_point import Rounding
-from qir.interpreter import evaluate, evaluate_op
-from qir.ir import Graph, Op, Value
-from qir.ops.constant import Const
-from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
+from qir.ir import Graph
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, no_progress
 from qir.passes.calibrate import parts_of
 from qir.passes.select_q_formats import Search, SelectQFormats
 from qir.passes.widths.decisions import Decision, Kind, with_storages
+from qir.passes.widths.jobs import Candidate, Job, Result, Tensor, hash_of, rounded, run_jobs
 from qir.passes.widths.quality import Quality, rank_correlation
 from qir.printer import print_graph
 from qir.rewrite import map_values
-from qir.serialization import write_bytes
 from qir.target import Granularity, Scheme, Target
-from qir.types import ElementType, is_quantized, scale_array, storage_of, zero_array
-
-Tensor = npt.NDArray[Any]
+from qir.types import is_quantized
 
 _MOST_HELD: Final = 256 << 20  # bytes of values of samples that are evaluated together
-_CACHE_FORMAT: Final = 1  # counts up when the same job gives other numbers
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,7 @@ class Way:
     """A way to give values formats: the passes from widths to types, and the contract that they follow."""
 
     target: Target
-    passes: Pipeline = field(default_factory=lambda: Pipeline([SelectQFormats()]))
+    passes: Pipeline
 
 
 def ways_of(target: Target, passes: Pipeline) -> dict[Kind, dict[str, Way]]:
@@ -151,106 +135,6 @@ def read_sensitivity(path: Path) -> Sensitivity:
     return Sensitivity.from_json(text, str(path))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Constants by name that take the place of those of the graph, and types whose grid values are rounded to."""
-
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
-    grids: Mapping[str, ElementType] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A decision: its candidates, and which of them are evaluated to the outputs; the others where they arise only."""
-
-    graph: Graph
-    parts: tuple[Mapping[str, Tensor], ...]
-    quality: Quality
-    candidates: tuple[Candidate, ...]
-    measured: tuple[bool, ...]
-
-
-def measure(job: Job) -> list[tuple[float | None, float]]:
-    """For each candidate its loss, None where it is not measured, and the error where it arises."""
-    with one_thread():
-        return _measure(job)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrix products by one thread: by several, which share the sums, their last bits depend on how many there are."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, "blas"):
-        yield
-
-
-def _measure(job: Job) -> list[tuple[float | None, float]]:
-    outputs: list[list[dict[str, Tensor]]] = [[] for _ in job.candidates]
-    reference: list[dict[str, Tensor]] = []
-    powers = np.zeros((len(job.candidates), 2))
-    for part in job.parts:
-        base = dict(evaluate(job.graph, part))
-        reference.append({n: base[v] for n, v in zip(job.graph.output_names, job.graph.outputs, strict=True)})
-        for place, candidate in enumerate(job.candidates):
-            now, power = _changed(job.graph, base, candidate, job.measured[place])
-            powers[place] += power
-            if job.measured[place]:
-                named = zip(job.graph.output_names, job.graph.outputs, strict=True)
-                outputs[place].append({n: now.get(v, base[v]) for n, v in named})
-    whole = _joined(job.graph, reference)
-    losses = [job.quality.loss(whole, _joined(job.graph, o)) if o else None for o in outputs]
-    return [(loss, float(e / s if s else e > 0)) for loss, (e, s) in zip(losses, powers, strict=True)]
-
-
-def _joined(graph: Graph, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs of all samples; of what has no batch those of the last part."""
-    named = zip(graph.output_names, graph.outputs, strict=True)
-    return {n: np.concatenate([p[n] for p in parts]) if v.type.is_batched else parts[-1][n] for n, v in named}
-
-
-def _changed(
-    graph: Graph, base: Mapping[Value, Tensor], candidate: Candidate, to_the_end: bool
-) -> tuple[dict[Value, Tensor], Tensor]:
-    """The values that differ, and squared error and square where the change arises; `to_the_end` or there alone."""
-    now: dict[Value, Tensor] = {}
-    power = np.zeros(2)
-
-    def arises(value: Value, array: Tensor) -> None:
-        real = base[value].astype(np.float64)
-        power[:] += np.square(array - real).sum(), np.square(real).sum()
-
-    def keep(value: Value, array: Tensor) -> None:
-        if value.name in candidate.grids:
-            array = _on_grid(array, candidate.grids[value.name])
-            arises(value, array)
-        now[value] = array
-
-    for value in graph.inputs:
-        if value.name in candidate.grids:
-            keep(value, base[value])
-    for op in graph.ops:
-        if isinstance(op, Const) and op.result.name in candidate.constants:
-            now[op.result] = candidate.constants[op.result.name]
-            continue
-        source = any(v.name in candidate.constants for v in op.operands)
-        if source or (to_the_end and any(v in now for v in op.operands)):
-            found = evaluate_op(op, [now.get(v, base[v]) for v in op.operands])
-        elif any(r.name in candidate.grids for r in op.results):
-            found = tuple(base[r] for r in op.results)
-        else:
-            continue
-        for value, array in zip(op.results, found, strict=True):
-            keep(value, array)
-            if source:
-                arises(value, array)
-    return now, power
-
-
-def _on_grid(array: Tensor, element: ElementType, rounding: Rounding = Rounding.HALF_EVEN) -> Tensor:
-    return dequantize_array(quantize_array(array, element, QuantizeRule.DIVIDE, rounding), element)
-
-
 class Analysis:
     """The sensitivity of the decisions on a graph, whose values have storages, over calibration feeds."""
 
@@ -260,7 +144,7 @@ class Analysis:
         self.graph, self.target, self.decisions = graph, target, tuple(decisions)
         self.feeds = list(feeds)
         self.quality = quality
-        self._bare = map_values(graph, lambda v: {"histogram": None})
+        self._bare = map_values(graph, lambda v: {"histogram": None, "storage": None})
         whole = [p for number, feed in enumerate(self.feeds) for p in parts_of(self._bare, feed, number)]
         if not whole:
             raise PassError("sensitivity is measured on calibration data, and there is none; give at least one feed")
@@ -292,42 +176,36 @@ class Analysis:
         `cache`. Raises PassError for a measure that cannot be sent to other processes, QirError for a cache that
         cannot be read or written.
         """
-        jobs = list(self._jobs(passes, other_ways, proxy))
-        if executor is not None and not isinstance(executor, ThreadPoolExecutor):
-            self._check_sendable()
-        with one_thread():  # around all jobs, because threads of this process share the limit
-            found = _run_jobs([job for _, job in jobs], executor, cache, progress)
-        losses = [loss for (labels, _), result in zip(jobs, found, strict=True) for loss in _losses(labels, result)]
+        ways = {k: own if other_ways else {"": own[""]} for k, own in ways_of(self.target, passes).items()}
+        jobs = self._jobs(ways, proxy, progress)
+        found = run_jobs(jobs, len(self.decisions), executor, cache, progress)
+        losses: list[Loss] = []
+        for decision, results in zip(self.decisions, found, strict=True):
+            size = len(decision.choices)
+            for place, way in enumerate(ways[decision.kind]):
+                losses += _losses(decision, way, results[place * size : (place + 1) * size])
         samples = sum(next((len(p[v.name]) for v in self.graph.inputs if v.type.is_batched), 1) for p in self._parts)
         key = sensitivity_key(self.graph, self.target)
         return Sensitivity(self.graph.name, self.target.name, self.quality.name, samples, key, tuple(losses))
 
-    def _check_sendable(self) -> None:
-        try:
-            pickle.dumps(self.quality)
-        except (pickle.PicklingError, AttributeError, TypeError) as fault:
-            raise PassError(
-                f"the measure {self.quality.name!r} cannot be sent to other processes ({fault}); define its function "
-                "at the top of a module"
-            ) from fault
-
-    def _jobs(
-        self, passes: Pipeline, other_ways: bool, proxy: bool
-    ) -> Iterator[tuple[list[tuple[Decision, str, str]], Job]]:
-        ways = ways_of(self.target, passes)
-        typed: dict[tuple[Kind, str, str], dict[str, Op | ElementType]] = {}
-        for kind, own in ways.items():
-            for name, way in own.items() if other_ways else [("", own[""])]:
-                for choice in dict.fromkeys(c for d in self.decisions if d.kind is kind for c in d.choices):
-                    typed[kind, choice, name] = self._typed(kind, choice, way)
+    def _jobs(self, ways: Mapping[Kind, Mapping[str, Way]], proxy: bool, progress: Progress) -> Iterator[Job]:
+        """A job for each decision: each way all choices, of which with the `proxy` the middle one is measured."""
+        wanted = [
+            (kind, choice, name)
+            for kind, own in ways.items()
+            for name in own
+            for choice in dict.fromkeys(c for d in self.decisions if d.kind is kind for c in d.choices)
+        ]
+        typed: dict[tuple[Kind, str, str], Mapping[str, Any]] = {}
+        for number, (kind, choice, name) in enumerate(wanted):
+            progress("formats", number, len(wanted))
+            typed[kind, choice, name] = self._typed(kind, choice, ways[kind][name])
         for decision in self.decisions:
-            labels, candidates, measured = list[tuple[Decision, str, str]](), list[Candidate](), list[bool]()
-            for name in ways[decision.kind] if other_ways else [""]:
-                for number, choice in enumerate(decision.choices):
-                    labels.append((decision, choice, name))
-                    candidates.append(self._candidate(decision, typed[decision.kind, choice, name]))
-                    measured.append(not proxy or number == len(decision.choices) // 2)
-            yield labels, Job(self._bare, self._parts, self.quality, tuple(candidates), tuple(measured))
+            names = [(name, choice) for name in ways[decision.kind] for choice in decision.choices]
+            candidates = [self._candidate(decision, typed[decision.kind, choice, name]) for name, choice in names]
+            middle = list(decision.choices)[_middle(decision)]
+            measured = tuple(not proxy or choice == middle for _, choice in names)
+            yield Job(self._bare, self._parts, self.quality, tuple(candidates), measured)
 
     def _typed(self, kind: Kind, choice: str, way: Way) -> dict[str, Any]:
         """Formats where all decisions of a kind that have it take this choice: layers and types by names of results."""
@@ -348,16 +226,20 @@ class Analysis:
         layer = next(op for op in self._bare.ops if op.results[0].name == decision.name)
         found: dict[str, Tensor] = {}
         for operand, (data, element) in zip(layer.operands[1:], typed[decision.name], strict=False):
-            found[operand.name] = _on_grid(data.astype(np.float32), element, Rounding.HALF_AWAY)
+            found[operand.name] = rounded(data.astype(np.float32), element, Rounding.HALF_AWAY)
         return Candidate(constants=found)
 
 
-def _losses(labels: Sequence[tuple[Decision, str, str]], found: Sequence[tuple[float | None, float]]) -> Iterator[Loss]:
-    """The losses of a decision with their estimates, each way from the measured choice in its middle."""
-    for place, ((decision, choice, way), (loss, error)) in enumerate(zip(labels, found, strict=True)):
-        first = place - list(decision.choices).index(choice)
-        known, base = found[first + len(decision.choices) // 2]
-        assert known is not None
+def _middle(decision: Decision) -> int:
+    """The choice that the estimates of the others rest on."""
+    return len(decision.choices) // 2
+
+
+def _losses(decision: Decision, way: str, found: Result) -> Iterator[Loss]:
+    """The losses of a decision by one way, with their estimates."""
+    known, base = found[_middle(decision)]
+    assert known is not None
+    for choice, (loss, error) in zip(decision.choices, found, strict=True):
         estimate = known * (error / base if base else float(error > 0))
         yield Loss(decision.name, decision.kind, choice, way, estimate if loss is None else loss, error, estimate)
 
@@ -365,78 +247,4 @@ def _losses(labels: Sequence[tuple[Decision, str, str]], found: Sequence[tuple[f
 def sensitivity_key(graph: Graph, target: Target) -> str:
     """A hash of what losses belong to: the graph without histograms and widths, and the contract."""
     bare = map_values(graph, lambda v: {"histogram": None, "storage": None})
-    return _hash([print_graph(bare), str(target)])
-
-
-def _hash(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(f"{len(text)}:{text}".encode())
-    return digest.hexdigest()
-
-
-def _run_jobs(
-    jobs: Sequence[Job], executor: Executor | None, cache: Path | None, progress: Progress
-) -> list[list[tuple[float | None, float]]]:
-    """The results of the jobs in order, from the cache where it has them."""
-    found: dict[int, list[tuple[float | None, float]]] = {}
-    files: dict[int, Path] = {}
-    if cache is not None:
-        files = {place: cache / f"{key}.json" for place, key in enumerate(_job_keys(jobs))}
-        found = {place: _read(file) for place, file in files.items() if file.exists()}
-    done = len(found)
-    progress("sensitivity", done, len(jobs))
-
-    def keep(place: int, result: list[tuple[float | None, float]]) -> None:
-        nonlocal done
-        found[place] = result
-        if cache is not None:
-            _write(files[place], result)
-        done += 1
-        progress("sensitivity", done, len(jobs))
-
-    left = [place for place in range(len(jobs)) if place not in found]
-    if executor is None:
-        for place in left:
-            keep(place, measure(jobs[place]))
-    else:
-        futures: dict[Future[list[tuple[float | None, float]]], int] = {
-            executor.submit(measure, jobs[place]): place for place in left
-        }
-        for future in as_completed(futures):
-            keep(futures[future], future.result())
-    return [found[place] for place in range(len(jobs))]
-
-
-def _job_keys(jobs: Sequence[Job]) -> Iterator[str]:
-    """A hash for each job of all that its result follows from."""
-    if not jobs:
-        return
-    graph = print_graph(jobs[0].graph)
-    feeds = [f"{name} {Array(array).sha256}" for part in jobs[0].parts for name, array in part.items()]
-    for job in jobs:
-        texts = [
-            *(f"{name} {Array(data).sha256}" for c in job.candidates for name, data in c.constants.items()),
-            *(f"{name} {_type_key(element)}" for c in job.candidates for name, element in c.grids.items()),
-        ]
-        yield _hash([str(_CACHE_FORMAT), job.quality.name, str(job.measured), graph, *feeds, *texts])
-
-
-def _type_key(element: ElementType) -> str:
-    scales, zeros = Array(scale_array(element)), Array(zero_array(element))  # type: ignore[arg-type]
-    return f"{storage_of(element)} {getattr(element, 'axis', None)} {scales.sha256} {zeros.sha256}"
-
-
-def _read(file: Path) -> list[tuple[float | None, float]]:
-    try:
-        return [(None if loss is None else float(loss), float(error)) for loss, error in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError) as fault:
-        raise QirError(f"cannot read {file} of the cache: {fault}; remove the file") from fault
-
-
-def _write(file: Path, result: Sequence[tuple[float | None, float]]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise QirError(f"cannot write the cache {file.parent}: {fault.strerror}; choose another folder") from fault
-    write_bytes(file, json.dumps(result).encode())
+    return hash_of([print_graph(bare), str(target)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -253,6 +254,15 @@ def test_no_samples_and_a_measure_that_cannot_travel_are_said() -> None:
         pytest.raises(PassError, match=r"'local' cannot be sent .* at the top of a module"),
     ):
         measured(quality=Quality("local", lambda reference, outputs: 0.0), executor=executor)
+
+
+def dying(reference: Outputs, outputs: Outputs) -> float:
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_said() -> None:
+    with process_pool() as executor, pytest.raises(PassError, match=r"a worker died .*; take fewer workers or samples"):
+        measured(quality=Quality("dying", dying), executor=executor)
 
 
 def test_json_gives_all_of_it_back(serial: Sensitivity) -> None:
