@@ -9,10 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from qir.backend import load_target
 from qir.errors import PassError
@@ -27,13 +24,12 @@ from qir.passes.widths.costs import Metric
 from qir.passes.widths.decisions import Kind, Widths, decisions
 from qir.passes.widths.problem import Assignment, Budget, WidthProblem
 from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, quality_of
-from qir.passes.widths.sensitivity import Analysis, Sensitivity
+from qir.passes.widths.sensitivity import Analysis, Sensitivity, joined, samples_of
 from qir.program import Program
 from qir.rewrite import map_values
 from qir.target import Target
 from qir.verifier import verify
 
-Tensor = npt.NDArray[Any]
 #: A number that is the better the larger it is, such as accuracy, from outputs by name.
 Score = Callable[[Outputs], float]
 
@@ -166,6 +162,7 @@ def pareto(
         setting.assigned, setting.target, setting.decisions, [measured.of(d) for d in setting.decisions]
     )
     own, limits = metric_of(metric), [problem.budget(parse_budget(text)) for text in budgets]
+    problem.need(own)
     same = list(uniform(problem))
     front = trace_front(problem, own, points, limits, [a.costs[own] for a in same])
     greedy = greedy_within(problem, own, [a.costs[own] for a in front]) if not limits else ()
@@ -257,6 +254,11 @@ def uniform(problem: WidthProblem) -> Iterator[Assignment]:
         yield problem.assignment(places)
 
 
+def _listed(feeds: Iterable[Feeds]) -> list[Feeds]:
+    """The feeds, walked once. Raises CalibrationError for none and for what was observed of them alone."""
+    return list(feeds if isinstance(feeds, Iterator) else PassContext(calibration=feeds).need_feeds("sensitivity"))
+
+
 class _Setting:
     """A graph with default widths, the decisions on it, and the passes around assign-bit-widths."""
 
@@ -277,12 +279,14 @@ class _Setting:
         assert isinstance(given, AssignBitWidths)
         self.rest = passes.after(AssignBitWidths.name)
         self.typing = self.rest.before("legalize")
-        self.feeds, self.progress = list(calibration), progress
+        self.feeds, self.progress = _listed(calibration), progress
         verify(graph)
         self.context = PassContext(self.target, self.feeds, progress)
         ranged = passes.before(AssignBitWidths.name).run(graph, self.context)
         self.assigned, settled, _ = given.by_default(ranged, self.target)
-        widths = Widths(tuple(weights), tuple(activations))
+        if isinstance(weights, str):
+            raise PassError(f"weights={weights!r} is one text; give a list of names, such as ['8', '4/codebook']")
+        widths = Widths(tuple(map(str, weights)), tuple(activations))
         self.decisions = decisions(self.assigned, self.target, widths, settled)
 
     def analysis(self, quality: Quality) -> Analysis:
@@ -299,13 +303,9 @@ class _Trial:
         self._parts = [p for number, feed in enumerate(feeds) for p in parts_of(bare, feed, number)]
         if not self._parts:
             raise PassError("widths are measured on samples, and there are none; give at least one feed")
-        self.samples = sum(next((len(a) for a in part.values()), 1) for part in self._parts)
-        self.reference = self._joined(interpret(bare, part) for part in self._parts)
+        self.samples = sum(samples_of(bare, part) for part in self._parts)
+        self.reference = joined(bare, [interpret(bare, part) for part in self._parts])
         self._known: dict[tuple[str, ...], tuple[float, float | None]] = {}
-
-    def _joined(self, outputs: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        found = list(outputs)
-        return {name: np.concatenate([np.atleast_1d(o[name]) for o in found]) for name in found[0]}
 
     def point(self, origin: str, assignment: Assignment) -> Point:
         """What the program with these widths loses and scores; the same widths are run once."""
@@ -321,6 +321,6 @@ class _Trial:
     def _run(self, assignment: Assignment) -> tuple[float, float | None]:
         context = PassContext(self._setting.target, self._setting.feeds, no_progress)
         program = Program(self._setting.rest.run(assignment.graph, context, [Verifier()]))
-        outputs = self._joined(program.run(part) for part in self._parts)
+        outputs = joined(self._setting.assigned, [program.run(part) for part in self._parts])
         score = None if self._score is None else float(self._score(outputs))
-        return self._quality.loss(self.reference, outputs), score
+        return self._quality.of(self.reference, outputs), score

@@ -60,7 +60,7 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
     parameters: dict[Value, Layer] = {}
     for op in graph.ops:
         if isinstance(op, Conv | MatMul) and op.operands[1] in graph.constants:
-            parameters |= dict.fromkeys(op.operands[1:], op)
+            parameters |= {v: op for v in op.operands[1:] if v in graph.constants}
     activations = _chosen(widths.activations, target.activations.bits, Kind.ACTIVATIONS, target)
     offered = weight_choices(target)
     weights = {name: offered[name] for name in _chosen(widths.weights, tuple(offered), Kind.WEIGHTS, target)}

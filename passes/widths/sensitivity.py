@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,20 +25,22 @@ from qir.arrays import Array
 from qir.errors import PassError, QirError
 from qir.fixed_point import Rounding
 from qir.interpreter import evaluate, evaluate_op
+from qir.interval import Interval
 from qir.ir import Graph, Op, Value
 from qir.ops.constant import Const
 from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, no_progress
 from qir.passes.calibrate import parts_of
+from qir.passes.fuse_activation import clip_of, replace_chain
 from qir.passes.select_q_formats import Search, SelectQFormats
 from qir.passes.widths.decisions import Decision, Kind, with_storages
 from qir.passes.widths.quality import Quality
 from qir.printer import print_graph
-from qir.rewrite import map_values
+from qir.rewrite import Rewriter, map_values, rewrite
 from qir.serialization import write_bytes
 from qir.target import Granularity, Scheme, Target
-from qir.types import ElementType, is_quantized, scale_array, storage_of, zero_array
+from qir.types import ElementType, TensorType, is_quantized, scale_array, storage_of, zero_array
 
 Tensor = npt.NDArray[Any]
 
@@ -136,10 +139,25 @@ class Sensitivity:
         """What `to_json` wrote. Raises QirError, which names the place, for any other text."""
         try:
             data = json.loads(text)
-            losses = tuple(Loss(**{**entry, "kind": Kind(entry["kind"])}) for entry in data.pop("losses"))
+            losses = tuple(_loss(entry) for entry in data.pop("losses"))
             return Sensitivity(**data, losses=losses)
         except (ValueError, TypeError, KeyError, AttributeError) as fault:
             raise QirError(f"{place} holds no sensitivity as qir writes it: {fault}") from fault
+
+
+def _loss(entry: Mapping[str, Any]) -> Loss:
+    """An entry of the JSON. Raises TypeError, ValueError or KeyError for what `to_json` does not write."""
+    found = Loss(**{**entry, "kind": Kind(entry["kind"])})
+    if not all(isinstance(t, str) for t in (found.decision, found.choice, found.way)):
+        raise TypeError(f"decision, choice and way are texts, and not all of {entry} are")
+    return replace(found, loss=_finite(found.loss), error=_finite(found.error), estimate=_finite(found.estimate))
+
+
+def _finite(number: Any) -> float:
+    found = float(number)
+    if not math.isfinite(found):
+        raise ValueError(f"{found} is no finite number")
+    return found
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -198,15 +216,22 @@ def _measure(job: Job) -> list[tuple[float | None, float]]:
             if job.measured[place]:
                 named = zip(job.graph.output_names, job.graph.outputs, strict=True)
                 outputs[place].append({n: now.get(v, base[v]) for n, v in named})
-    whole = _joined(job.graph, reference)
-    losses = [job.quality.loss(whole, _joined(job.graph, o)) if o else None for o in outputs]
+    whole = joined(job.graph, reference)
+    losses = [job.quality.of(whole, joined(job.graph, o)) if o else None for o in outputs]
     return [(loss, float(e / s if s else e > 0)) for loss, (e, s) in zip(losses, powers, strict=True)]
 
 
-def _joined(graph: Graph, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs of all samples; of what has no batch those of the last part."""
-    named = zip(graph.output_names, graph.outputs, strict=True)
-    return {n: np.concatenate([p[n] for p in parts]) if v.type.is_batched else parts[-1][n] for n, v in named}
+def joined(graph: Graph, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Outputs of all samples; beside an open batch, of what has none those of the last part."""
+    is_open = any(v.type.is_batched for v in graph.inputs)
+    found: dict[str, Tensor] = {}
+    for name, value in zip(graph.output_names, graph.outputs, strict=True):
+        arrays = [part[name] for part in parts]
+        if is_open and not value.type.is_batched:
+            found[name] = arrays[-1]
+        else:
+            found[name] = np.concatenate(arrays) if value.type.rank else np.stack(arrays)[:, None]
+    return found
 
 
 def _changed(
@@ -298,7 +323,7 @@ class Analysis:
         with one_thread():  # around all jobs, because threads of this process share the limit
             found = _run_jobs([job for _, job in jobs], executor, cache, progress)
         losses = [loss for (labels, _), result in zip(jobs, found, strict=True) for loss in _losses(labels, result)]
-        samples = sum(next((len(p[v.name]) for v in self.graph.inputs if v.type.is_batched), 1) for p in self._parts)
+        samples = sum(samples_of(self.graph, part) for part in self._parts)
         key = sensitivity_key(self.graph, self.target)
         return Sensitivity(self.graph.name, self.target.name, self.quality.name, samples, key, tuple(losses))
 
@@ -315,11 +340,13 @@ class Analysis:
         self, passes: Pipeline, other_ways: bool, proxy: bool
     ) -> Iterator[tuple[list[tuple[Decision, str, str]], Job]]:
         ways = ways_of(self.target, passes)
-        typed: dict[tuple[Kind, str, str], dict[str, Op | ElementType]] = {}
+        typed: dict[tuple[Kind, str, str], dict[str, Any]] = {}
         for kind, own in ways.items():
             for name, way in own.items() if other_ways else [("", own[""])]:
                 for choice in dict.fromkeys(c for d in self.decisions if d.kind is kind for c in d.choices):
                     typed[kind, choice, name] = self._typed(kind, choice, way)
+        weights = [found for (kind, _, _), found in typed.items() if kind is Kind.WEIGHTS]
+        self._add_biases({layer for found in weights for layer, own in found.items() if len(own) > 1})
         for decision in self.decisions:
             labels, candidates, measured = list[tuple[Decision, str, str]](), list[Candidate](), list[bool]()
             for name in ways[decision.kind] if other_ways else [""]:
@@ -337,19 +364,42 @@ class Analysis:
         if kind is Kind.ACTIVATIONS:
             return {v.name: v.type.element for v in graph.values()}
         return {
-            op.result.name: tuple((graph.constants[v].data, v.type.element) for v in op.operands[1:])
+            op.result.name: tuple(
+                (graph.constants[v].data, v.type.element) for v in op.operands[1:] if v in graph.constants
+            )
             for op in graph.ops
-            if isinstance(op, Conv | MatMul) and all(v in graph.constants for v in op.operands[1:])
+            if isinstance(op, Conv | MatMul)
         }
+
+    def _add_biases(self, layers: Collection[str]) -> None:
+        """Give those layers a bias of zeros that have none and get one where they are rounded."""
+
+        def visit(rewriter: Rewriter, op: Op) -> bool:
+            if not isinstance(op, Conv | MatMul) or len(op.operands) > 2 or op.result.name not in layers:
+                return False
+            kind = TensorType((op.result.type.shape[1 if isinstance(op, Conv) else -1],))
+            bias = Value(rewriter.fresh(f"{op.result.name}.bias"), kind, Interval(0.0, 0.0))
+            rewriter.ops.append(Const(value=Array(np.zeros(kind.concrete(1), np.float32)), results=(bias,)))
+            replace_chain(rewriter, op, op, (*rewriter.operands(op), bias), clip_of(op))
+            return True
+
+        self._bare = rewrite(self._bare, visit)
 
     def _candidate(self, decision: Decision, typed: Mapping[str, Any]) -> Candidate:
         if decision.kind is Kind.ACTIVATIONS:
             return Candidate(grids={v.name: typed[v.name] for v in decision.values if is_quantized(typed[v.name])})
         layer = next(op for op in self._bare.ops if op.results[0].name == decision.name)
         found: dict[str, Tensor] = {}
-        for operand, (data, element) in zip(layer.operands[1:], typed[decision.name], strict=False):
+        operands = [v for v in layer.operands[1:] if v in self._bare.constants]
+        for operand, (data, element) in zip(operands, typed[decision.name], strict=False):  # not all learn a bias
             found[operand.name] = _on_grid(data.astype(np.float32), element, Rounding.HALF_AWAY)
         return Candidate(constants=found)
+
+
+def samples_of(graph: Graph, feed: Feeds) -> int:
+    """The samples in a feed: as many as its open batch has, or as the graph fixes."""
+    batched = [v for v in graph.inputs if v.type.is_batched] or [v for v in graph.inputs if v.type.rank]
+    return np.shape(feed[batched[0].name])[0] if batched else 1
 
 
 def _losses(labels: Sequence[tuple[Decision, str, str]], found: Sequence[tuple[float | None, float]]) -> Iterator[Loss]:
@@ -383,7 +433,7 @@ def _run_jobs(
     files: dict[int, Path] = {}
     if cache is not None:
         files = {place: cache / f"{key}.json" for place, key in enumerate(_job_keys(jobs))}
-        found = {place: _read(file) for place, file in files.items() if file.exists()}
+        found = {place: _read(file, jobs[place].measured) for place, file in files.items() if file.exists()}
     done = len(found)
     progress("sensitivity", done, len(jobs))
 
@@ -400,11 +450,19 @@ def _run_jobs(
         for place in left:
             keep(place, measure(jobs[place]))
     else:
-        futures: dict[Future[list[tuple[float | None, float]]], int] = {
-            executor.submit(measure, jobs[place]): place for place in left
-        }
-        for future in as_completed(futures):
-            keep(futures[future], future.result())
+        futures: dict[Future[list[tuple[float | None, float]]], int] = {}
+        try:
+            futures.update((executor.submit(measure, jobs[place]), place) for place in left)
+            for future in as_completed(futures):
+                keep(futures[future], future.result())
+        except BrokenExecutor as fault:
+            raise PassError(
+                "a worker process ended before its work was done, as where memory is short; take fewer workers, and a "
+                "cache to keep what is measured"
+            ) from fault
+        finally:
+            for future in futures:
+                future.cancel()
     return [found[place] for place in range(len(jobs))]
 
 
@@ -427,9 +485,13 @@ def _type_key(element: ElementType) -> str:
     return f"{storage_of(element)} {getattr(element, 'axis', None)} {scales.sha256} {zeros.sha256}"
 
 
-def _read(file: Path) -> list[tuple[float | None, float]]:
+def _read(file: Path, measured: Sequence[bool]) -> list[tuple[float | None, float]]:
     try:
-        return [(None if loss is None else float(loss), float(error)) for loss, error in json.loads(file.read_text())]
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if len(kept) != len(measured):
+            raise ValueError(f"it holds {len(kept)} results and should hold {len(measured)}")
+        pairs = zip(kept, measured, strict=True)
+        return [(_finite(loss) if is_known else None, _finite(error)) for (loss, error), is_known in pairs]
     except (OSError, ValueError, TypeError) as fault:
         raise QirError(f"cannot read {file} of the cache: {fault}; remove the file") from fault
 

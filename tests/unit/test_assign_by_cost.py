@@ -172,6 +172,7 @@ def test_budgets_that_cannot_be_kept_together_say_so() -> None:
     ("options", "message"),
     [
         ({"budget": ("half",)}, "budget 'half' is not of the form metric:amount"),
+        ({"budget": ("5KiB",)}, "budget '5KiB' names no metric; write weights:5KiB"),
         ({"budget": ("wights:0.5x",)}, "unknown metric 'wights'; there are: weights, constants"),
         ({"budget": ("latency:3MiB",)}, "latency has no unit 'MiB'; there are: x, s, ms, us, ns"),
         ({"quality": "psnr"}, "unknown quality 'psnr'"),
@@ -310,6 +311,12 @@ def test_fronts_that_make_no_sense_are_refused() -> None:
         qir.pareto(graph, "fpga", FEEDS, points=1)
     with pytest.raises(InfeasibleError, match="lut of at most 1: the least is"):
         qir.pareto(graph, "fpga", FEEDS, budgets=("lut:1",), **SMALL)
+    with pytest.raises(PassError, match="arm-neon states no costs of lut; see"):
+        qir.pareto(graph, "arm-neon", FEEDS, metric="lut")
+
+
+def test_a_budget_beyond_all_floats_is_no_limit(mlp: Graph) -> None:
+    assert assign(mlp, budget=("weights:1e400B",), **SMALL)[0] == assign(mlp, budget=("weights:9x",), **SMALL)[0]
 
 
 # The commands
@@ -322,6 +329,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez("calibration.npz", x=FEEDS[0]["x"])
     np.savez("inputs.npz", x=images[:64])
     np.savez("labels.npz", y=labels[:64])
+    np.savez("wrong.npz", y=np.arange(-1, 31))
     return tmp_path
 
 
@@ -358,6 +366,9 @@ def test_the_commands_print_write_and_draw(here: Path, capsys: pytest.CaptureFix
         (("sensitivity", "MODEL", "--target", "fpga"), "losses are measured on samples, and there are none"),
         (("pareto", "MODEL", *COMMON, "--labels", "inputs.npz"), "must hold one array, the classes"),
         (("pareto", "MODEL", *COMMON, "--labels", "labels.npz"), "holds 64 classes, and there are 32 samples"),
+        (("pareto", "MODEL", *COMMON, "--labels", "wrong.npz"), "holds classes from -1 to 30, and graph @"),
+        (("pareto", "MODEL", *COMMON, "--inputs", "labels.npz"), "missing ['x']"),
+        (("pareto", "MODEL", *COMMON, "--labels", "labels.npz", "--inputs", "labels.npz"), "missing ['x']"),
         (("pareto", "MODEL", *COMMON, "--plot", "front.pdf"), "the name must end in .svg or .png"),
         (("pareto", "MODEL", *COMMON, "--budget", "dsp:0"), "dsp of at most 0: the least is"),
         (("sensitivity", "MODEL", *COMMON, "--workers", "-1"), "--workers takes 0 or more"),
