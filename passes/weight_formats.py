@@ -93,7 +93,8 @@ class WeightForm:
         if self.target.weights.scheme is Scheme.AFFINE:
             scales, zeros = affine_weights(low, high, self.storage, self.least)
             return affine(self.storage, scales, zeros, self.axis, self.data.name)
-        return self._symmetric(np.maximum(-low, high) / self.storage.hi)
+        largest = self.storage.hi if self.storage.levels is None else max(-self.storage.lo, self.storage.hi)
+        return self._symmetric(np.maximum(-low, high) / largest)  # levels need not end with the largest
 
     def _symmetric(self, steps: npt.NDArray[Any]) -> QuantizedType:
         scales = raised(steps, self.least)
