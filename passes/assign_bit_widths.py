@@ -81,7 +81,8 @@ class AssignBitWidths(Pass):
             raise PassError("minimize and floor go together, such as minimize=energy,floor=sqnr:30")
         if self.floor:
             metric_of(self.minimize)
-            parse_floor(self.floor)
+            if self.quality not in (SQNR.name, parse_floor(self.floor)[0].name):
+                raise PassError(f"quality={self.quality} and floor={self.floor} are two measures; leave out quality")
         if not self.optimizes and (self.weights or self.activations or self.sensitivity or self.proxy):
             raise PassError("there is nothing to choose by; give a budget, or minimize and floor")
 

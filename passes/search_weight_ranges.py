@@ -55,8 +55,9 @@ class SearchWeightRanges(Pass):
     alone; the widest of equals is taken. `method=output` weights errors by the covariance of what the weights multiply
     over the calibration feeds, damped as learn-rounding does by default; weights of rank 3 and more of MatMul, and
     those that meet an input without a batch, count as by `mse`. `percentile` keeps `percent` (99.9) of the weights, of
-    affine ones as much on either side. No scale leaves sums less room than select-q-formats does; the type of the bias
-    follows. What does not get better keeps its type, and weights that are quantized alone by blocks theirs.
+    affine ones as much on either side; few levels, whose scale is fitted already, are searched as by `mse`. No scale
+    leaves sums less room than select-q-formats does; the type of the bias follows. What does not get better keeps its
+    type, and weights that are quantized alone by blocks theirs.
 
     Raises PassError for a `percent` outside (0, 100] or with another method, and, by `output`, CalibrationError for no
     feeds, and for those that can be walked only once or do not fit.
@@ -82,9 +83,10 @@ class SearchWeightRanges(Pass):
             form = _form(owned, layer, target)
             cost = _cost(layer, form, moments)
             old = quantized_element(layer.operands[1])
-            new = form.type_of(*(_percentile(form, self.percent or _PERCENT) if self._cuts else _search(form, cost)))
+            cuts = self._cuts and not form.is_fitted
+            new = form.type_of(*(_percentile(form, self.percent or _PERCENT) if cuts else _search(form, cost)))
             before, after = float(cost(old).sum()), float(cost(new).sum())
-            if self._cuts or after < before:
+            if cuts or after < before:
                 types.update(_types(layer, new, target))
                 left.append(after / before if before else 1.0)
             else:

@@ -76,14 +76,18 @@ class WeightForm:
         low, high = (end(axis=self.others, initial=0.0) for end in (self.data.data.min, self.data.data.max))
         return np.asarray(low, np.float64), np.asarray(high, np.float64)
 
-    def whole(self) -> QuantizedType:
-        """The type over all weights.
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the scale is that of least error: of but few symmetric integers, levels or -2 to 1.
 
-        Where there are but few integers, levels or -2 to 1, it is that of `level_scales`: the largest magnitude would
-        leave most weights none but the integers next to 0.
+        The largest magnitude would leave most weights none but the integers next to 0.
         """
         few = self.storage.levels is not None or self.storage.is_shift
-        if self.target.weights.scheme is Scheme.AFFINE or not few:
+        return few and self.target.weights.scheme is Scheme.SYMMETRIC
+
+    def whole(self) -> QuantizedType:
+        """The type over all weights, as select-q-formats gives it."""
+        if not self.is_fitted:
             return self.type_of(*self.ends())
         powers = self.target.weights.scales is Scales.POWER_OF_TWO
         return self._symmetric(level_scales(self.data.data, self.storage, self.axis, powers=powers))
@@ -93,7 +97,8 @@ class WeightForm:
         if self.target.weights.scheme is Scheme.AFFINE:
             scales, zeros = affine_weights(low, high, self.storage, self.least)
             return affine(self.storage, scales, zeros, self.axis, self.data.name)
-        return self._symmetric(np.maximum(-low, high) / self.storage.hi)
+        largest = self.storage.hi if self.storage.levels is None else max(-self.storage.lo, self.storage.hi)
+        return self._symmetric(np.maximum(-low, high) / largest)  # levels need not end with the largest
 
     def _symmetric(self, steps: npt.NDArray[Any]) -> QuantizedType:
         scales = raised(steps, self.least)

@@ -17,7 +17,7 @@ from qir.cli_input import SAMPLES, add_input_options, read_calibration, read_mod
 from qir.cli_widths import add_width_commands, add_work_options, workers
 from qir.cost import graph_cost
 from qir.cost_report import cost_json, cost_text, draw_cost, parts_text
-from qir.drawing import format_of
+from qir.drawing import drawing_of
 from qir.errors import QirError, TargetError
 from qir.feeds import join_samples, read_npz, split_samples, write_npz
 from qir.ir import Stage
@@ -261,7 +261,7 @@ def _text_of(program: str | Path) -> Path:
 
 
 def _cost(arguments: argparse.Namespace) -> None:
-    kind = format_of(arguments.plot) if arguments.plot else ""
+    kind = drawing_of(arguments.plot)
     graph = qir.read_graph(_text_of(arguments.program))
     name = arguments.target or graph.target
     if not name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,11 +14,14 @@ import numpy as np
 
 import qir
 from qir.cli_input import add_input_options, read_calibration, read_model
-from qir.drawing import format_of
+from qir.drawing import drawing_of
 from qir.errors import CalibrationError, QirError
 from qir.feeds import read_npz, split_samples
+from qir.interpreter import check_feeds
 from qir.mixed_precision import Score
+from qir.pass_manager import Feeds
 from qir.passes.widths.costs import Metric
+from qir.passes.widths.jobs import samples_of
 from qir.passes.widths.quality import KL, QUALITIES, SQNR, Outputs
 from qir.passes.widths.sensitivity import read_sensitivity
 from qir.report import progress_bar
@@ -117,7 +120,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
-    kind = format_of(arguments.plot) if arguments.plot else ""
+    kind = drawing_of(arguments.plot)
     with _common(arguments) as (graph, options):
         found = qir.sensitivity(
             graph,
@@ -134,12 +137,10 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
 
 def _pareto(arguments: argparse.Namespace) -> None:
-    kind = format_of(arguments.plot) if arguments.plot else ""
+    kind = drawing_of(arguments.plot)
     with _common(arguments) as (graph, options):
         evaluation = split_samples(graph.inputs, read_npz(arguments.inputs)) if arguments.inputs else None
         calibration = _feeds(arguments, graph)
-        samples = calibration if evaluation is None else evaluation
-        count = sum(len(next(iter(feed.values()))) for feed in samples)
         found = qir.pareto(
             graph,
             arguments.target,
@@ -148,7 +149,7 @@ def _pareto(arguments: argparse.Namespace) -> None:
             points=arguments.points,
             budgets=arguments.budget,
             evaluation=evaluation,
-            score=_top_1(arguments.labels, graph, count) if arguments.labels else None,
+            score=_top_1(arguments.labels, graph, evaluation or calibration) if arguments.labels else None,
             measured=read_sensitivity(Path(arguments.sensitivity)) if arguments.sensitivity else None,
             **options,
         )
@@ -189,16 +190,26 @@ def _feeds(arguments: argparse.Namespace, graph: qir.Graph) -> list[dict[str, An
     return found
 
 
-def _top_1(path: str, graph: qir.Graph, samples: int) -> Score:
+def _top_1(path: str, graph: qir.Graph, feeds: Sequence[Feeds]) -> Score:
     """The share of samples whose largest output is that of their class."""
     arrays = read_npz(path)
     labels = next(iter(arrays.values()), np.zeros(0))
     if len(arrays) != 1 or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise QirError(f"{path} must hold one array, the classes of the samples as integers [samples]")
-    if len(labels) != samples:
-        raise QirError(f"{path} holds {len(labels):,} classes, and there are {samples:,} samples; give one for each")
     if len(graph.output_names) != 1:
         raise QirError(f"--labels is for models of one output, and graph @{graph.name} has {len(graph.output_names)}")
+    for feed in feeds:
+        check_feeds(graph.inputs, feed)
+    samples = sum(samples_of(graph, feed) for feed in feeds)
+    if len(labels) != samples:
+        raise QirError(f"{path} holds {len(labels):,} classes, and there are {samples:,} samples; give one for each")
+    outputs = graph.outputs[0].type
+    classes = outputs.sample_size * (samples if outputs.is_batched else len(feeds)) // samples
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise QirError(
+            f"{path} holds classes from {labels.min()} to {labels.max()}, and graph @{graph.name} tells {classes} "
+            "apart, from 0; number them so"
+        )
 
     def score(outputs: Outputs) -> float:
         (logits,) = outputs.values()

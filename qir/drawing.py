@@ -17,11 +17,17 @@ FORMATS: Final = (".svg", ".png")
 COLOURS: Final = ("#0072B2", "#999999", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 
 
-def format_of(path: str | Path) -> str:
-    """The format of a drawing by its file name. Raises QirError for any other end."""
+def drawing_of(path: str | None) -> str:
+    """The format of a drawing by its file name; empty for none.
+
+    Raises QirError for any other end of the name, and where matplotlib is not installed: before work is done for it.
+    """
+    if path is None:
+        return ""
     found = Path(path).suffix.lower()
     if found not in FORMATS:
         raise QirError(f"cannot draw {path}: the name must end in {' or '.join(FORMATS)}")
+    figure_of(1, 1)
     return found
 
 

@@ -9,10 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from qir.backend import load_target
 from qir.errors import PassError
@@ -25,6 +22,7 @@ from qir.passes.pipelines import default_pipeline, parse_pipeline
 from qir.passes.widths.budgets import metric_of, parse_budget
 from qir.passes.widths.costs import Metric
 from qir.passes.widths.decisions import Kind, Widths, decisions
+from qir.passes.widths.jobs import joined, samples_of
 from qir.passes.widths.problem import Assignment, Budget, WidthProblem
 from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, quality_of, rank_correlation
 from qir.passes.widths.sensitivity import Analysis, Sensitivity
@@ -33,7 +31,6 @@ from qir.rewrite import map_values
 from qir.target import Target
 from qir.verifier import verify
 
-Tensor = npt.NDArray[Any]
 #: A number that is the better the larger it is, such as accuracy, from outputs by name.
 Score = Callable[[Outputs], float]
 
@@ -162,6 +159,11 @@ def pareto(
     setting = _Setting(graph, target, calibration, pipeline, weights, activations, progress)
     if measured is not None:
         measured.check(setting.assigned, setting.target, measure)
+        if measured.passes != str(setting.typing):
+            raise PassError(
+                f"the sensitivity was measured with the formats of {measured.passes}, and the pipeline has "
+                f"{setting.typing}; measure again, by the same passes"
+            )
     else:
         folder = None if cache is None else Path(cache)
         analysis = setting.analysis(measure)
@@ -170,6 +172,7 @@ def pareto(
         setting.assigned, setting.target, setting.decisions, [measured.of(d) for d in setting.decisions]
     )
     own, limits = metric_of(metric), [problem.budget(parse_budget(text)) for text in budgets]
+    problem.need(own)
     same = list(uniform(problem))
     front = trace_front(problem, own, points, limits, [a.costs[own] for a in same])
     greedy = greedy_within(problem, own, [a.costs[own] for a in front]) if not limits else ()
@@ -261,6 +264,11 @@ def uniform(problem: WidthProblem) -> Iterator[Assignment]:
         yield problem.assignment(places)
 
 
+def _listed(feeds: Iterable[Feeds]) -> list[Feeds]:
+    """The feeds, walked once. Raises CalibrationError for none and for what was observed of them alone."""
+    return list(feeds if isinstance(feeds, Iterator) else PassContext(calibration=feeds).need_feeds("sensitivity"))
+
+
 class _Setting:
     """A graph with default widths, the decisions on it, and the passes around assign-bit-widths."""
 
@@ -279,14 +287,18 @@ class _Setting:
         passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline or default_pipeline()
         given = passes[passes.position(AssignBitWidths.name)]
         assert isinstance(given, AssignBitWidths)
+        if given.optimizes:
+            raise PassError(f"{given} chooses widths by itself; leave its options out, but for override")
         self.rest = passes.after(AssignBitWidths.name)
         self.typing = self.rest.before("legalize")
-        self.feeds, self.progress = list(calibration), progress
+        self.feeds, self.progress = _listed(calibration), progress
         verify(graph)
         self.context = PassContext(self.target, self.feeds, progress)
         ranged = passes.before(AssignBitWidths.name).run(graph, self.context)
         self.assigned, settled, _ = given.by_default(ranged, self.target)
-        widths = Widths(tuple(weights), tuple(activations))
+        if isinstance(weights, str):
+            raise PassError(f"weights={weights!r} is one text; give a list of names, such as ['8', '4/codebook']")
+        widths = Widths(tuple(map(str, weights)), tuple(activations))
         self.decisions = decisions(self.assigned, self.target, widths, settled)
 
     def analysis(self, quality: Quality) -> Analysis:
@@ -303,13 +315,9 @@ class _Trial:
         self._parts = [p for number, feed in enumerate(feeds) for p in parts_of(bare, feed, number)]
         if not self._parts:
             raise PassError("widths are measured on samples, and there are none; give at least one feed")
-        self.samples = sum(next((len(a) for a in part.values()), 1) for part in self._parts)
-        self.reference = self._joined(interpret(bare, part) for part in self._parts)
+        self.samples = sum(samples_of(bare, part) for part in self._parts)
+        self.reference = joined(bare, [interpret(bare, part) for part in self._parts])
         self._known: dict[tuple[str, ...], tuple[float, float | None]] = {}
-
-    def _joined(self, outputs: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        found = list(outputs)
-        return {name: np.concatenate([np.atleast_1d(o[name]) for o in found]) for name in found[0]}
 
     def point(self, origin: str, assignment: Assignment) -> Point:
         """What the program with these widths loses and scores; the same widths are run once."""
@@ -325,6 +333,6 @@ class _Trial:
     def _run(self, assignment: Assignment) -> tuple[float, float | None]:
         context = PassContext(self._setting.target, self._setting.feeds, no_progress)
         program = Program(self._setting.rest.run(assignment.graph, context, [Verifier()]))
-        outputs = self._joined(program.run(part) for part in self._parts)
+        outputs = joined(self._setting.assigned, [program.run(part) for part in self._parts])
         score = None if self._score is None else float(self._score(outputs))
-        return self._quality.loss(self.reference, outputs), score
+        return self._quality.of(self.reference, outputs), score

@@ -52,7 +52,8 @@ def unpack_integers(packed: Integers, shape: tuple[int, ...], storage: IntegerTy
     count, width = math.prod(shape), storage.stored_bits
     expected = packed_bytes(count, storage)
     if packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != expected:
-        raise QirError(f"{count} elements of {width} bits take {expected} bytes, not {packed.nbytes}")
+        has = f"{packed.dtype} {'x'.join(map(str, packed.shape))}"
+        raise QirError(f"{count} elements of {width} bits take {expected} bytes, and it is {has}")
     bits = np.unpackbits(packed, bitorder="little")
     if bits[count * width :].any():
         raise QirError("the bits behind its last element are not 0")

@@ -42,6 +42,8 @@ def parse_budget(text: str) -> BudgetText:
             f"budget {text!r} is not of the form metric:amount, such as weights:0.5x, latency:120us or dsp:96"
         )
     metric, unit = metric_of(match["metric"] or Metric.WEIGHTS), match["unit"]
+    if match["metric"] is None and unit not in ("", _RELATIVE):
+        raise PassError(f"budget {text!r} names no metric; write weights:{text}, or another of: {', '.join(Metric)}")
     relative = unit == _RELATIVE or match["metric"] is None
     units = {"": Fraction(1), _RELATIVE: Fraction(1), **_UNITS.get(metric, {})}
     if unit not in units:

@@ -95,8 +95,13 @@ def _stated(metric: Metric, cost: Cost, target: Target) -> float:
     """What a layer has of a metric. Raises PassError where the target says nothing of it."""
     found = _OF_LAYER[metric](cost)
     if found is None:
-        raise PassError(f"{target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md")
+        raise PassError(unstated(metric, target))
     return found
+
+
+def unstated(metric: Metric, target: Target) -> str:
+    """What is said where a target does not state a metric."""
+    return f"{target.name} states no costs of {metric}; see [costs] in docs/add-a-backend.md"
 
 
 class GraphCosts:

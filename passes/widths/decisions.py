@@ -60,7 +60,7 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
     parameters: dict[Value, Layer] = {}
     for op in graph.ops:
         if isinstance(op, Conv | MatMul) and op.operands[1] in graph.constants:
-            parameters |= dict.fromkeys(op.operands[1:], op)
+            parameters |= {v: op for v in op.operands[1:] if v in graph.constants}
     activations = _chosen(widths.activations, target.activations.bits, Kind.ACTIVATIONS, target)
     offered = weight_choices(target)
     weights = {name: offered[name] for name in _chosen(widths.weights, tuple(offered), Kind.WEIGHTS, target)}
@@ -79,7 +79,10 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
             layer = parameters[value]
             if value is layer.operands[1]:
                 kept = value in settled or storage.stored_bits not in target.weights.bits
-                choices = {str(storage.stored_bits): storage} if kept else _storages(graph, target, layer, weights)
+                choices = _storages(graph, target, layer, weights)
+                if kept:
+                    every = _storages(graph, target, layer, offered)
+                    choices = {next((n for n, s in every.items() if s == storage), str(storage.bits)): storage}
                 found[value] = Decision(layer.results[0].name, Kind.WEIGHTS, (value,), choices)
             continue
         leader = groups[value]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
@@ -26,7 +27,7 @@ from qir.interpreter import evaluate, evaluate_op
 from qir.ir import Graph, Value
 from qir.ops.constant import Const
 from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
-from qir.pass_manager import Progress
+from qir.pass_manager import Feeds, Progress
 from qir.passes.widths.quality import Quality
 from qir.printer import print_graph
 from qir.serialization import write_bytes
@@ -86,15 +87,28 @@ def _measure(job: Job) -> Result:
             if job.measured[place]:
                 named = zip(job.graph.output_names, job.graph.outputs, strict=True)
                 outputs[place].append({n: now.get(v, base[v]) for n, v in named})
-    whole = _joined(job.graph, reference)
-    losses = [job.quality.loss(whole, _joined(job.graph, o)) if o else None for o in outputs]
+    whole = joined(job.graph, reference)
+    losses = [job.quality.of(whole, joined(job.graph, o)) if o else None for o in outputs]
     return [(loss, float(e / s if s else e > 0)) for loss, (e, s) in zip(losses, powers, strict=True)]
 
 
-def _joined(graph: Graph, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs of all samples; of what has no batch those of the last part."""
-    named = zip(graph.output_names, graph.outputs, strict=True)
-    return {n: np.concatenate([p[n] for p in parts]) if v.type.is_batched else parts[-1][n] for n, v in named}
+def joined(graph: Graph, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Outputs of all samples; beside an open batch, of what has none those of the last part."""
+    is_open = any(v.type.is_batched for v in graph.inputs)
+    found: dict[str, Tensor] = {}
+    for name, value in zip(graph.output_names, graph.outputs, strict=True):
+        arrays = [part[name] for part in parts]
+        if is_open and not value.type.is_batched:
+            found[name] = arrays[-1]
+        else:
+            found[name] = np.concatenate(arrays) if value.type.rank else np.stack(arrays)[:, None]
+    return found
+
+
+def samples_of(graph: Graph, feed: Feeds) -> int:
+    """The samples in a feed: as many as its open batch has, or as the graph fixes."""
+    batched = [v for v in graph.inputs if v.type.is_batched] or [v for v in graph.inputs if v.type.rank]
+    return np.shape(feed[batched[0].name])[0] if batched else 1
 
 
 def _changed(
@@ -166,7 +180,7 @@ def run_jobs(
                 if cache is not None:
                     files[place] = cache / f"{keys.of(job)}.json"
                 if place in files and files[place].exists():
-                    keep(place, _read(files[place]), known=True)
+                    keep(place, _read(files[place], job.measured), known=True)
                 elif executor is None:
                     keep(place, measure(job))
                 else:
@@ -175,7 +189,13 @@ def run_jobs(
             for future in as_completed(futures):
                 keep(futures[future], future.result())
     except BrokenExecutor as fault:
-        raise PassError(f"a worker died while it measured losses: {fault}; take fewer workers or samples") from fault
+        raise PassError(
+            "a worker process ended before its work was done, as where memory is short; take fewer workers, and a "
+            "cache to keep what is measured"
+        ) from fault
+    finally:
+        for future in futures:
+            future.cancel()
     return [found[place] for place in range(count)]
 
 
@@ -209,6 +229,14 @@ class _Keys:
         return hash_of([*self._shared, *texts])
 
 
+def finite(number: Any) -> float:
+    """The number. Raises ValueError or TypeError for what is no finite one."""
+    found = float(number)
+    if not math.isfinite(found):
+        raise ValueError(f"{found} is no finite number")
+    return found
+
+
 def hash_of(texts: Iterable[str]) -> str:
     """A hash of texts, each with its length."""
     digest = hashlib.sha256()
@@ -222,9 +250,13 @@ def _type_key(element: ElementType) -> str:
     return f"{storage_of(element)} {getattr(element, 'axis', None)} {scales.sha256} {zeros.sha256}"
 
 
-def _read(file: Path) -> Result:
+def _read(file: Path, measured: Sequence[bool]) -> Result:
     try:
-        return [(None if loss is None else float(loss), float(error)) for loss, error in json.loads(file.read_text())]
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if len(kept) != len(measured):
+            raise ValueError(f"it holds {len(kept)} results and should hold {len(measured)}")
+        pairs = zip(kept, measured, strict=True)
+        return [(finite(loss) if is_known else None, finite(error)) for (loss, error), is_known in pairs]
     except (OSError, ValueError, TypeError) as fault:
         raise QirError(f"cannot read {file} of the cache: {fault}; remove the file") from fault
 

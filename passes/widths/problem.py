@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from qir.cost import Homes, Room, graph_cost, rooms
 from qir.errors import PassError
 from qir.ir import Graph
 from qir.passes.widths.budgets import BudgetText
-from qir.passes.widths.costs import PLACED, GraphCosts, Metric, fractions, unit_of, value_of
+from qir.passes.widths.costs import PLACED, GraphCosts, Metric, fractions, unit_of, unstated, value_of
 from qir.passes.widths.decisions import Decision, with_storages
 from qir.passes.widths.solver import MOST, Factor, Problem, Solution, Total, solve
 from qir.target import Target
@@ -75,7 +76,10 @@ class WidthProblem:
         for place, (decision, own) in enumerate(zip(decisions, losses, strict=True)):
             missing = [c for c in decision.choices if c not in own]
             if missing:
-                raise PassError(f"{decision.kind} of %{decision.name}: no loss is known of {', '.join(missing)} bits")
+                raise PassError(
+                    f"{decision.kind} of %{decision.name}: no loss is known of {', '.join(missing)} bits; "
+                    "measure these widths too, or choose from those that are"
+                )
             factors.append(Factor((place,), fractions(own[c] for c in decision.choices)))
         self.loss = Total(tuple(factors))
 
@@ -130,19 +134,26 @@ class WidthProblem:
         return {
             Metric.LATENCY: costs.has_latency and costs.clock is not None,
             Metric.ENERGY: bool(costs.mac_energy),
-            Metric.LUT: fabric is not None and bool(fabric.lut_per_sum_bit or fabric.lut_per_bit_operation),
+            Metric.LUT: fabric is not None and fabric.has_logic,
             Metric.DSP: fabric is not None and bool(fabric.dsp),
             Metric.BRAM: fabric is not None and fabric.bram_bits is not None,
         }.get(metric, True)
+
+    def need(self, metric: Metric) -> None:
+        """Raises PassError where the target does not state what a metric takes."""
+        if not self.states(metric):
+            unit_of(metric, self.target)  # a latency may lack its clock alone
+            raise PassError(unstated(metric, self.target))
 
     def _best(
         self, budgets: Sequence[Budget], minimize: Metric | None, most_loss: Fraction | None
     ) -> Assignment | None:
         metrics = [b.metric for b in budgets] + ([minimize] if minimize is not None else [])
-        candidates = self._rooms() if any(m in PLACED for m in metrics) else [(rooms(self.target)[0], ())]
+        placed = tuple(dict.fromkeys(m for m in metrics if m in PLACED))
+        candidates = self._rooms() if placed else [(rooms(self.target)[0], ())]
         found: list[tuple[tuple[Fraction, ...], Solution]] = []
         for room, limits in candidates:
-            best = self._solve(room.homes, budgets, minimize, most_loss, limits)
+            best = self._best_in(room.homes, budgets, minimize, most_loss, limits, placed)
             if best is not None:
                 found.append(best)
         if not found:
@@ -152,12 +163,55 @@ class WidthProblem:
 
     def _rooms(self) -> Iterator[tuple[Room, Sequence[tuple[Total, int]]]]:
         """Where data can live, with what must fit for it, up to the first where everything does."""
-        for room in rooms(self.target):
-            limits = list(self.costs.room(room))
+        for room, limits in self._all_rooms:
             if all(total.span[0] <= most for total, most in limits):
                 yield room, [(total, most) for total, most in limits if total.span[1] > most]
             if all(total.span[1] <= most for total, most in limits):
                 return
+
+    @cached_property
+    def _all_rooms(self) -> list[tuple[Room, list[tuple[Total, int]]]]:
+        return [(room, list(self.costs.room(room))) for room in rooms(self.target)]
+
+    def _best_in(
+        self,
+        homes: Homes,
+        budgets: Sequence[Budget],
+        minimize: Metric | None,
+        most_loss: Fraction | None,
+        limits: Sequence[tuple[Total, int]],
+        placed: Sequence[Metric],
+    ) -> tuple[tuple[Fraction, ...], Solution] | None:
+        """The best of what keeps these limits, with data in these memories, and its objectives.
+
+        What fits into an earlier room lives there. Where it takes no more of the `placed` metrics there, it is among
+        the choices of that room; else what fits there is left out, by one limit of that room after the other.
+        """
+        best: tuple[tuple[Fraction, ...], Solution] | None = None
+        left = [tuple(limits)]
+        while left:
+            own = left.pop()
+            found = self._solve(homes, budgets, minimize, most_loss, own)
+            if found is None or (best is not None and found[0] >= best[0]):
+                continue
+            earlier = self._dearer(found[1].chosen, homes, placed)
+            if not earlier:
+                best = found
+            left += [(*own, _beyond(*limit)) for limit in earlier]
+        return best
+
+    def _dearer(self, chosen: Sequence[int], homes: Homes, metrics: Sequence[Metric]) -> Sequence[tuple[Total, int]]:
+        """The limits of the room where choices live, if they take more there than in these memories; else none."""
+        if not metrics:
+            return ()
+        own, limits = next(
+            (room.homes, limits)
+            for room, limits in self._all_rooms
+            if room.homes == homes or all(t.of(chosen) <= most for t, most in limits)
+        )
+        pairs = ((self.costs.totals(m, own), self.costs.totals(m, homes)) for m in metrics)
+        holds = all(max(t.of(chosen) for t in a) <= max(t.of(chosen) for t in b) for a, b in pairs)
+        return () if holds else limits
 
     def _solve(
         self,
@@ -231,13 +285,19 @@ def scaled_limit(total: Total, most: Fraction) -> tuple[Total, int]:
         unit = (left if left > 0 else high - low) / _LIMIT_STEPS
     if unit == 0:  # nothing to choose
         return Total((), 0), 0 if low <= most else -1
-    limit = math.floor((most - low) / unit)
+    limit = min(math.floor((most - low) / unit), math.ceil((high - low) / unit))  # no floats beyond their range
     factors = []
     for factor in total.factors:
         entries = [math.floor((e - factor.ends[0]) / unit) for e in factor.table.reshape(-1)]
         table = np.minimum(np.array(entries, object), max(limit, 0) + 1).astype(np.int64)
         factors.append(Factor(factor.scope, table.reshape(factor.table.shape)))
     return Total(tuple(factors)), limit
+
+
+def _beyond(total: Total, most: int) -> tuple[Total, int]:
+    """The limit that only what does not keep this one keeps, of whole numbers."""
+    turned = tuple(Factor(f.scope, -f.table) for f in total.factors)
+    return Total(turned, -total.constant), -most - 1
 
 
 def _refined(totals: Sequence[Total], solved: Callable[[Sequence[Total]], Solution | None]) -> Fraction | None:

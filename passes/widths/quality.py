@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,17 @@ class Quality:
 
     name: str
     loss: Callable[[Outputs, Outputs], float]
+
+    def of(self, reference: Outputs, outputs: Outputs) -> float:
+        """The loss as a plain number. Raises PassError, which names the measure, for what is no finite number."""
+        found = self.loss(reference, outputs)
+        try:
+            number = float(found)
+        except (TypeError, ValueError) as fault:
+            raise PassError(f"the measure {self.name!r} gives {found!r}; a loss is a finite number") from fault
+        if not math.isfinite(number):
+            raise PassError(f"the measure {self.name!r} gives {number}; a loss is a finite number")
+        return number
 
 
 def noise_to_signal(reference: Outputs, outputs: Outputs) -> float:
@@ -54,8 +66,8 @@ def divergence(reference: Outputs, outputs: Outputs) -> float:
 
 def _log_probabilities(array: npt.NDArray[Any], kind: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Logarithms of probabilities along the last axis; `kind` shows whether the array holds such already."""
-    if not array.ndim or not array.shape[-1]:
-        raise PassError("kl compares classes along the last axis of outputs, and there are none; use sqnr")
+    if not array.ndim or array.shape[-1] < 2:
+        raise PassError("kl compares classes along the last axis of outputs, and there are fewer than two; use sqnr")
     values = array.astype(np.float64)
     if kind.min() >= 0 and np.allclose(kind.sum(axis=-1), 1, atol=1e-3):
         values = np.log(np.maximum(values, _LEAST))  # quantized probabilities may be 0

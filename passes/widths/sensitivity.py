@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,20 +11,24 @@ from typing import Any, Final
 
 import numpy as np
 
+from qir.arrays import Array
 from qir.errors import PassError, QirError
 from qir.fixed_point import Rounding
-from qir.ir import Graph
+from qir.interval import Interval
+from qir.ir import Graph, Op, Value
+from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, no_progress
 from qir.passes.calibrate import parts_of
+from qir.passes.fuse_activation import clip_of, replace_chain
 from qir.passes.select_q_formats import Search, SelectQFormats
 from qir.passes.widths.decisions import Decision, Kind, with_storages
-from qir.passes.widths.jobs import Candidate, Job, Result, Tensor, hash_of, rounded, run_jobs
+from qir.passes.widths.jobs import Candidate, Job, Result, Tensor, finite, hash_of, rounded, run_jobs, samples_of
 from qir.passes.widths.quality import Quality, rank_correlation
 from qir.printer import print_graph
-from qir.rewrite import map_values
+from qir.rewrite import Rewriter, map_values, rewrite
 from qir.target import Granularity, Scheme, Target
-from qir.types import is_quantized
+from qir.types import TensorType, is_quantized
 
 _MOST_HELD: Final = 256 << 20  # bytes of values of samples that are evaluated together
 
@@ -77,11 +81,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The losses of a graph on a target, and by which measure. `key` stands for graph and target."""
+    """The losses of a graph on a target, by which measure, and with formats by which passes.
+
+    `key` stands for graph, calibration and contract.
+    """
 
     graph: str
     target: str
     quality: str
+    passes: str
     samples: int
     key: str
     losses: tuple[Loss, ...]
@@ -120,10 +128,18 @@ class Sensitivity:
         """What `to_json` wrote. Raises QirError, which names the place, for any other text."""
         try:
             data = json.loads(text)
-            losses = tuple(Loss(**{**entry, "kind": Kind(entry["kind"])}) for entry in data.pop("losses"))
+            losses = tuple(_loss(entry) for entry in data.pop("losses"))
             return Sensitivity(**data, losses=losses)
         except (ValueError, TypeError, KeyError, AttributeError) as fault:
             raise QirError(f"{place} holds no sensitivity as qir writes it: {fault}") from fault
+
+
+def _loss(entry: Mapping[str, Any]) -> Loss:
+    """An entry of the JSON. Raises TypeError, ValueError or KeyError for what `to_json` does not write."""
+    found = Loss(**{**entry, "kind": Kind(entry["kind"])})
+    if not all(isinstance(t, str) for t in (found.decision, found.choice, found.way)):
+        raise TypeError(f"decision, choice and way are texts, and not all of {entry} are")
+    return replace(found, loss=finite(found.loss), error=finite(found.error), estimate=finite(found.estimate))
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -184,9 +200,11 @@ class Analysis:
             size = len(decision.choices)
             for place, way in enumerate(ways[decision.kind]):
                 losses += _losses(decision, way, results[place * size : (place + 1) * size])
-        samples = sum(next((len(p[v.name]) for v in self.graph.inputs if v.type.is_batched), 1) for p in self._parts)
+        samples = sum(samples_of(self.graph, part) for part in self._parts)
         key = sensitivity_key(self.graph, self.target)
-        return Sensitivity(self.graph.name, self.target.name, self.quality.name, samples, key, tuple(losses))
+        return Sensitivity(
+            self.graph.name, self.target.name, self.quality.name, str(passes), samples, key, tuple(losses)
+        )
 
     def _jobs(self, ways: Mapping[Kind, Mapping[str, Way]], proxy: bool, progress: Progress) -> Iterator[Job]:
         """A job for each decision: each way all choices, of which with the `proxy` the middle one is measured."""
@@ -200,6 +218,8 @@ class Analysis:
         for number, (kind, choice, name) in enumerate(wanted):
             progress("formats", number, len(wanted))
             typed[kind, choice, name] = self._typed(kind, choice, ways[kind][name])
+        weights = [found for (kind, _, _), found in typed.items() if kind is Kind.WEIGHTS]
+        self._add_biases({layer for found in weights for layer, own in found.items() if len(own) > 1})
         for decision in self.decisions:
             names = [(name, choice) for name in ways[decision.kind] for choice in decision.choices]
             candidates = [self._candidate(decision, typed[decision.kind, choice, name]) for name, choice in names]
@@ -215,17 +235,34 @@ class Analysis:
         if kind is Kind.ACTIVATIONS:
             return {v.name: v.type.element for v in graph.values()}
         return {
-            op.result.name: tuple((graph.constants[v].data, v.type.element) for v in op.operands[1:])
+            op.result.name: tuple(
+                (graph.constants[v].data, v.type.element) for v in op.operands[1:] if v in graph.constants
+            )
             for op in graph.ops
-            if isinstance(op, Conv | MatMul) and all(v in graph.constants for v in op.operands[1:])
+            if isinstance(op, Conv | MatMul)
         }
+
+    def _add_biases(self, layers: Collection[str]) -> None:
+        """Give those layers a bias of zeros that have none and get one where they are rounded."""
+
+        def visit(rewriter: Rewriter, op: Op) -> bool:
+            if not isinstance(op, Conv | MatMul) or len(op.operands) > 2 or op.result.name not in layers:
+                return False
+            kind = TensorType((op.result.type.shape[1 if isinstance(op, Conv) else -1],))
+            bias = Value(rewriter.fresh(f"{op.result.name}.bias"), kind, Interval(0.0, 0.0))
+            rewriter.ops.append(Const(value=Array(np.zeros(kind.concrete(1), np.float32)), results=(bias,)))
+            replace_chain(rewriter, op, op, (*rewriter.operands(op), bias), clip_of(op))
+            return True
+
+        self._bare = rewrite(self._bare, visit)
 
     def _candidate(self, decision: Decision, typed: Mapping[str, Any]) -> Candidate:
         if decision.kind is Kind.ACTIVATIONS:
             return Candidate(grids={v.name: typed[v.name] for v in decision.values if is_quantized(typed[v.name])})
         layer = next(op for op in self._bare.ops if op.results[0].name == decision.name)
         found: dict[str, Tensor] = {}
-        for operand, (data, element) in zip(layer.operands[1:], typed[decision.name], strict=False):
+        operands = [v for v in layer.operands[1:] if v in self._bare.constants]
+        for operand, (data, element) in zip(operands, typed[decision.name], strict=False):  # not all learn a bias
             found[operand.name] = rounded(data.astype(np.float32), element, Rounding.HALF_AWAY)
         return Candidate(constants=found)
 

@@ -155,7 +155,9 @@ class _Program:
             if all(total.of(chosen) <= most for total, most in limits) and self.problem.accepts(chosen):
                 return chosen, _gap(max(total.of(chosen) for total in totals), bound)
             self.cuts.append(chosen)
-        raise PassError("the solver finds no choice that keeps all budgets exactly; round the budgets")
+        raise PassError(
+            f"none of {_CUTS:,} choices of the solver keeps all budgets exactly; round them, or choose from fewer"
+        )
 
     def _solve(
         self, totals: Sequence[Total], limits: Sequence[tuple[Total, int]]

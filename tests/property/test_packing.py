@@ -57,10 +57,10 @@ def test_integers_of_every_width_come_back(storage: IntegerType, data: st.DataOb
 @pytest.mark.parametrize(
     ("packed", "storage", "message"),
     [
-        (np.zeros(3, np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, not 3"),
-        (np.zeros(5, np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, not 5"),
-        (np.zeros(4, np.int8), integer(3), "9 elements of 3 bits take 4 bytes, not 4"),
-        (np.zeros((2, 2), np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, not 4"),
+        (np.zeros(3, np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, and it is uint8 3"),
+        (np.zeros(5, np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, and it is uint8 5"),
+        (np.zeros(4, np.int8), integer(3), "9 elements of 3 bits take 4 bytes, and it is int8 4"),
+        (np.zeros((2, 2), np.uint8), integer(3), "9 elements of 3 bits take 4 bytes, and it is uint8 2x2"),
         (np.array([0, 0, 0, 8], np.uint8), integer(3), "the bits behind its last element are not 0"),
         (np.array([5, 0, 0, 0], np.uint8), CODES, "it holds the index 5 and has 5 levels"),
     ],
@@ -148,9 +148,12 @@ def test_files_of_equal_data_in_other_types_have_other_names(tmp_path: Path) -> 
     [
         (
             lambda w: w[:-1],
-            "resource @w: the sidecar does not hold it as s3: 70 elements of 3 bits take 27 bytes, not 26",
+            "resource @w: the sidecar does not hold it as s3: 70 elements of 3 bits take 27 bytes, and it is uint8 26",
         ),
-        (lambda w: w.view(np.int8), "the sidecar does not hold it as s3: 70 elements of 3 bits take 27 bytes, not 27"),
+        (
+            lambda w: w.view(np.int8),
+            "the sidecar does not hold it as s3: 70 elements of 3 bits take 27 bytes, and it is int8 27",
+        ),
         (
             lambda w: w | np.uint8(0x80),
             "the sidecar does not hold it as s3: the bits behind its last element are not 0",

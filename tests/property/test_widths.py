@@ -150,6 +150,13 @@ MEMORIES = replace(
     memory={"bram": 90, "ddr": 1_000_000},
     costs=replace(FPGA.costs, load={"bram": 8, "ddr": 1.5}, store={"bram": 8, "ddr": 1}),
 )
+#: The same, the small memory being the slow one.
+SLOW_FIRST = replace(
+    MEMORIES,
+    costs=replace(
+        FPGA.costs, load={"bram": 1.5, "ddr": 8}, store={"bram": 1, "ddr": 8}, byte_energy={"bram": 160, "ddr": 1}
+    ),
+)
 
 
 @st.composite
@@ -215,7 +222,7 @@ def total_of(totals: Sequence[Total], chosen: Sequence[int]) -> Fraction:
     return Fraction(max(total.of(chosen) for total in totals))
 
 
-@given(networks(), st.sampled_from([FABRIC, MEMORIES]), st.integers(0, 2**32 - 1))
+@given(networks(), st.sampled_from([FABRIC, MEMORIES, SLOW_FIRST]), st.integers(0, 2**32 - 1))
 @settings(max_examples=max(25, settings().max_examples // 10))
 def test_tables_are_what_costs_say_of_the_graph_with_those_widths(network: Graph, target: Target, seed: int) -> None:
     graph = assigned(network, target)
@@ -229,7 +236,7 @@ def test_tables_are_what_costs_say_of_the_graph_with_those_widths(network: Graph
             assert total_of(problem.costs.totals(metric, homes), chosen) * unit_of(metric, target) == value, metric
 
 
-@given(networks(), st.sampled_from([FABRIC, MEMORIES]), st.data())
+@given(networks(), st.sampled_from([FABRIC, MEMORIES, SLOW_FIRST]), st.data())
 @settings(max_examples=max(25, settings().max_examples // 10))
 def test_widths_of_graphs_are_those_of_brute_force(network: Graph, target: Target, data: st.DataObject) -> None:
     graph = assigned(network, target)
@@ -381,6 +388,21 @@ def test_all_metrics_of_a_fabric_are_held_to_and_rooms_are_several() -> None:
         for c in itertools.product(*(range(len(d.choices)) for d in found))
     }
     assert len(homes) > 1
+
+
+@pytest.mark.parametrize("metric", [Metric.LATENCY, Metric.ENERGY])
+def test_budgets_hold_where_the_small_memory_is_the_slow_one(metric: Metric) -> None:
+    """Data lives in the first memory that it fits into, not in the best."""
+    graph = assigned(qir.import_onnx(model(RESIDUAL, w=random(2, 2, 3, 3), u=random(2, 2, 1, 1))), SLOW_FIRST)
+    problem, found = problem_of(graph, SLOW_FIRST, 0)
+    every = list(itertools.product(*(range(len(d.choices)) for d in found)))
+    pairs = [(problem.exact(metric, chosen), float(problem.loss.of(chosen))) for chosen in every]
+    costs = sorted({cost for cost, _ in pairs})
+    assert problem.best((), metric).costs[metric] == costs[0]
+    for most in costs[:: max(len(costs) // 8, 1)]:
+        best = problem.best([Budget(metric, most)])
+        assert best.costs[metric] <= most
+        assert best.loss == min(loss for cost, loss in pairs if cost <= most)
 
 
 RESIDUAL = """g (float[N,2,3,3] x) => (float[N,2,3,3] y) {

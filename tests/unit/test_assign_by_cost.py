@@ -21,6 +21,7 @@ from qir.mixed_precision import Front, greedy_within, trace_front
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import PassContext
 from qir.passes.assign_bit_widths import AssignBitWidths
+from qir.passes.learn_rounding import LearnRounding
 from qir.passes.widths.budgets import BudgetText, parse_budget, parse_floor
 from qir.passes.widths.costs import Metric, value_of
 from qir.passes.widths.decisions import Kind, Widths, decisions
@@ -132,6 +133,13 @@ def test_formats_that_a_target_lacks_are_no_choices(mlp: Graph) -> None:
         assert formats == {str(f) for f in contract.weights.formats} - {WeightFormat.UNIFORM}
 
 
+def test_an_overridden_format_keeps_its_name(mlp: Graph) -> None:
+    graph, _ = assign(mlp, override=("*:w4/codebook",))
+    weights = {op.operands[1] for op in graph.ops if isinstance(op, MatMul)}
+    found = decisions(graph, qir.load_target("fpga"), Widths(), weights)
+    assert {c for d in found if d.kind is Kind.WEIGHTS for c in d.choices} == {"4/codebook"}
+
+
 def test_what_is_overridden_stays(mlp: Graph) -> None:
     names = [op.result.name for op in mlp.ops if isinstance(op, Conv | MatMul)]
     fixed = (f"{names[0]}:w3", f"{names[1]}:a6")
@@ -172,11 +180,13 @@ def test_budgets_that_cannot_be_kept_together_say_so() -> None:
     ("options", "message"),
     [
         ({"budget": ("half",)}, "budget 'half' is not of the form metric:amount"),
+        ({"budget": ("5KiB",)}, "budget '5KiB' names no metric; write weights:5KiB"),
         ({"budget": ("wights:0.5x",)}, "unknown metric 'wights'; there are: weights, constants"),
         ({"budget": ("latency:3MiB",)}, "latency has no unit 'MiB'; there are: x, s, ms, us, ns"),
         ({"quality": "psnr"}, "unknown quality 'psnr'"),
         ({"minimize": "energy"}, "minimize and floor go together"),
         ({"minimize": "energy", "floor": "sqnr:much"}, "floor 'sqnr:much' is not of the form measure:amount"),
+        ({"minimize": "energy", "floor": "sqnr:20", "quality": "kl"}, "quality=kl and floor=sqnr:20 are two measures"),
         ({"weights": ("8",)}, "nothing to choose by; give a budget"),
     ],
 )
@@ -306,10 +316,23 @@ def test_a_front_holds_uniform_and_greedy_points_too(front: Front) -> None:
 
 def test_fronts_that_make_no_sense_are_refused() -> None:
     graph = qir.import_onnx(PATHS["fm_mlp"])
+    learned = qir.default_pipeline().insert_after("select-q-formats", LearnRounding())
     with pytest.raises(PassError, match="a front has 2 points or more, not 1"):
         qir.pareto(graph, "fpga", FEEDS, points=1)
+    pipeline = qir.default_pipeline().replace("assign-bit-widths", AssignBitWidths(budget=("0.5",)))
+    with pytest.raises(PassError, match=r"budget=0.5} chooses widths by itself; leave its options out"):
+        qir.pareto(graph, "fpga", FEEDS, pipeline=pipeline)
+    other = qir.sensitivity(graph, "fpga", FEEDS, pipeline=learned, quality="kl", **SMALL)
+    with pytest.raises(PassError, match=r"with the formats of .*learn-rounding.*; measure again, by the same passes"):
+        qir.pareto(graph, "fpga", FEEDS, measured=other, **SMALL)
     with pytest.raises(InfeasibleError, match="lut of at most 1: the least is"):
         qir.pareto(graph, "fpga", FEEDS, budgets=("lut:1",), **SMALL)
+    with pytest.raises(PassError, match="arm-neon states no costs of lut; see"):
+        qir.pareto(graph, "arm-neon", FEEDS, metric="lut")
+
+
+def test_a_budget_beyond_all_floats_is_no_limit(mlp: Graph) -> None:
+    assert assign(mlp, budget=("weights:1e400B",), **SMALL)[0] == assign(mlp, budget=("weights:9x",), **SMALL)[0]
 
 
 # The commands
@@ -322,6 +345,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez("calibration.npz", x=FEEDS[0]["x"])
     np.savez("inputs.npz", x=images[:64])
     np.savez("labels.npz", y=labels[:64])
+    np.savez("wrong.npz", y=np.arange(-1, 31))
     return tmp_path
 
 
@@ -358,6 +382,9 @@ def test_the_commands_print_write_and_draw(here: Path, capsys: pytest.CaptureFix
         (("sensitivity", "MODEL", "--target", "fpga"), "losses are measured on samples, and there are none"),
         (("pareto", "MODEL", *COMMON, "--labels", "inputs.npz"), "must hold one array, the classes"),
         (("pareto", "MODEL", *COMMON, "--labels", "labels.npz"), "holds 64 classes, and there are 32 samples"),
+        (("pareto", "MODEL", *COMMON, "--labels", "wrong.npz"), "holds classes from -1 to 30, and graph @"),
+        (("pareto", "MODEL", *COMMON, "--inputs", "labels.npz"), "missing ['x']"),
+        (("pareto", "MODEL", *COMMON, "--labels", "labels.npz", "--inputs", "labels.npz"), "missing ['x']"),
         (("pareto", "MODEL", *COMMON, "--plot", "front.pdf"), "the name must end in .svg or .png"),
         (("pareto", "MODEL", *COMMON, "--budget", "dsp:0"), "dsp of at most 0: the least is"),
         (("sensitivity", "MODEL", *COMMON, "--workers", "-1"), "--workers takes 0 or more"),

@@ -23,7 +23,7 @@ from qir.passes.layer_walk import integers_of, layers_of, quantized_element
 from qir.passes.pipelines import default_pipeline, parse_pipeline
 from qir.passes.search_weight_ranges import Method, SearchWeightRanges
 from qir.printer import print_graph, resources
-from qir.target import Granularity, Scheme, Target
+from qir.target import Granularity, Scheme, Target, WeightFormat
 from qir.types import QuantizedType, integer, scale_array, zero_array
 from qir.verifier import verify
 
@@ -43,7 +43,7 @@ def searched(graph: Graph, target: Target, feeds: Any = None, **options: Any) ->
     return after
 
 
-def one_layer(weights: npt.NDArray[np.float32], target: Target) -> Graph:
+def one_layer(weights: npt.NDArray[np.float32], target: Target, form: str = "") -> Graph:
     """A matrix product with these weights [inputs, outputs], typed."""
     rows, columns = weights.shape
     text = ", ".join(map(str, weights.ravel().tolist()))
@@ -56,7 +56,7 @@ def one_layer(weights: npt.NDArray[np.float32], target: Target) -> Graph:
         }}
     """)
     x = np.random.default_rng(5).normal(size=(64, rows)).astype(np.float32)
-    return typed([{"x": x}], target, f"*:w{target.weights.bits[0]}", graph)
+    return typed([{"x": x}], target, f"*:w{target.weights.bits[0]}{form}", graph)
 
 
 def weight_type(graph: Graph) -> QuantizedType:
@@ -160,6 +160,14 @@ def test_a_percentile_keeps_so_many_weights() -> None:
     both = np.concatenate([weights[:, :1], -weights[:, :1]]).astype(np.float32)
     graph = searched(one_layer(both, affine), affine, method=Method.PERCENTILE, percent=99)  # one of 200 on either side
     np.testing.assert_allclose(scale_array(weight_type(graph)) * 255, 2 * 197, rtol=1e-6)
+
+
+def test_a_percentile_leaves_fitted_scales_of_few_levels_alone() -> None:
+    """Of -1 and 1 no share of the magnitudes is the mean magnitude, which is what costs least."""
+    target = few_bits(1, narrow_range=False)
+    before = one_layer(np.random.default_rng(1).normal(size=(40, 3)).astype(np.float32), target)
+    after = searched(before, target, method=Method.PERCENTILE)
+    assert (errors(after) <= errors(before)).all()
 
 
 @pytest.mark.parametrize("scheme", list(Scheme))
@@ -270,3 +278,17 @@ def test_a_percentile_of_activations_that_does_not_fit_is_refused() -> None:
 def test_storage_of_weights_is_kept() -> None:
     graph = searched(one_layer(with_outliers(), few_bits(4)), few_bits(4))
     assert weight_type(graph).storage == integer(4).narrowed(-7, 7)
+
+
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("method", list(Method))
+def test_levels_of_negative_weights_reach_the_largest_magnitude(method: Method, has_zeros: bool) -> None:
+    """A codebook of them ends with 0, or below it: its scale follows from the other end."""
+    weights = -np.abs(np.random.default_rng(3).normal(size=(40, 3))).astype(np.float32) - np.float32(0.2)
+    if has_zeros:
+        weights[::2] = 0
+    target = few_bits(4, formats=tuple(WeightFormat))
+    feeds = [{"x": np.random.default_rng(5).normal(size=(64, 40)).astype(np.float32)}]
+    percent = {"percent": 100.0} if method is Method.PERCENTILE else {}
+    after = searched(one_layer(weights, target, "/codebook"), target, feeds, method=method, **percent)
+    assert (errors(after) < 0.02 * np.square(weights, dtype=np.float64).sum(axis=0)).all()

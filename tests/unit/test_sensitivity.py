@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -47,6 +48,11 @@ WAYS = ("", "range", "percentile")
 def feeds(*sizes: int) -> list[dict[str, npt.NDArray[Any]]]:
     rng = np.random.default_rng(0)
     return [{"x": rng.uniform(-1, 2, (n, 2, 3, 3)).astype(np.float32)} for n in sizes]
+
+
+def fixed(batch: int) -> str:
+    """The graph for so many samples at a time."""
+    return GRAPH.replace("Nx", f"{batch}x")
 
 
 def measured(**options: Any) -> Sensitivity:
@@ -104,6 +110,37 @@ def _constant(name: str, data: npt.NDArray[Any]) -> tuple[str, str]:
     line = next(line for line in GRAPH.splitlines() if f"%{name} = const" in line)
     numbers = ", ".join(map(str, data.reshape(-1).tolist()))
     return line, f"{line[: line.index('[')]}[{numbers}]{line[line.index(']') + 1 :]}"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fixed_batch_counts_every_sample_of_every_feed(batch: int) -> None:
+    options: dict[str, Any] = {"weights": WEIGHTS, "activations": ACTIVATIONS}
+    (whole,) = feeds(6)
+    parts = [{"x": whole["x"][start : start + batch]} for start in range(0, 6, batch)]
+    apart = qir.sensitivity(qir.parse(fixed(batch)), "asic", parts, **options)
+    together = qir.sensitivity(qir.parse(GRAPH), "asic", [whole], **options)
+    assert apart.samples == together.samples == 6
+    wanted, found = ([e.loss for e in s.losses] for s in (together, apart))
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_bias_that_rounding_learns_counts_where_the_layer_has_none() -> None:
+    passes = str(qir.default_pipeline()).replace("legalize", "learn-rounding,legalize")
+    zeros = GRAPH.replace("[0.5, -0.5, 0.25]", "[0.0, 0.0, 0.0]")
+    none = "\n".join(line for line in zeros.splitlines() if "%c = const" not in line).replace("%u, %c", "%u")
+    found = []
+    for text in (zeros, none):
+        whole = qir.sensitivity(qir.parse(text), "asic", feeds(40), pipeline=passes, weights=("2",), activations=(8,))
+        found.append([e.loss for e in whole.losses if (e.decision, e.kind) == ("y", Kind.WEIGHTS)])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_bias_that_is_no_constant_stays_as_it_is() -> None:
+    text = GRAPH.replace("(%x: Nx2x3x3 x f32)", "(%x: Nx2x3x3 x f32, %c: 3 x f32)")
+    graph = qir.parse("\n".join(line for line in text.splitlines() if "%c = const" not in line))
+    data = [{**feed, "c": np.ones(3, np.float32)} for feed in feeds(8)]
+    found = qir.sensitivity(graph, "asic", data, weights=("4",), activations=(8,))
+    assert {e.decision for e in found.losses if e.kind is Kind.WEIGHTS} == {"a", "y"}
 
 
 def test_wider_is_never_worse_by_much_and_the_proxy_sorts_alike(serial: Sensitivity) -> None:
@@ -205,9 +242,10 @@ def test_other_data_or_another_graph_are_not_in_the_cache(tmp_path: Path) -> Non
 def test_a_broken_file_of_the_cache_is_named(tmp_path: Path) -> None:
     measured(cache=tmp_path)
     file = min(tmp_path.iterdir())
-    file.write_text("[[1.0", encoding="utf-8")
-    with pytest.raises(QirError, match=rf"cannot read .*{file.name}.*remove the file"):
-        measured(cache=tmp_path)
+    for text in ("[[1.0", "[]", "{}", "3", "[[null, 1.0], [null, 1.0]]", "[[NaN, 1.0], [NaN, 1.0], [NaN, 1.0]]"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(QirError, match=rf"cannot read .*{file.name}.*remove the file"):
+            measured(cache=tmp_path)
 
 
 # Measures of loss
@@ -225,8 +263,21 @@ def test_divergence_by_hand_of_logits_and_of_probabilities() -> None:
     assert divergence({"y": p}, {"y": q}) == pytest.approx(expected, rel=1e-12)
     assert divergence({"y": np.log(p) + 7}, {"y": np.log(q) - 2}) == pytest.approx(expected, rel=1e-12)
     assert divergence({"y": p}, {"y": p}) == 0
-    with pytest.raises(PassError, match="use sqnr"):
-        divergence({"y": np.array(1.0)}, {"y": np.array(1.0)})
+    for alone in (np.array(1.0), np.ones((4, 1))):  # of one class there is nothing to tell
+        with pytest.raises(PassError, match="use sqnr"):
+            divergence({"y": alone}, {"y": alone})
+
+
+@pytest.mark.parametrize("gives", [float("nan"), float("inf"), "much", np.zeros(2)])
+def test_a_loss_that_is_no_finite_number_is_named(gives: Any) -> None:
+    with pytest.raises(PassError, match=r"the measure 'mine' gives .*; a loss is a finite number"):
+        measured(quality=Quality("mine", lambda reference, outputs: gives))
+
+
+def test_a_loss_may_be_any_number(tmp_path: Path) -> None:
+    half: Any = np.float32(0.5)
+    found = measured(quality=Quality("mine", lambda reference, outputs: half), cache=tmp_path)
+    assert Sensitivity.from_json(found.to_json(), "x") == found
 
 
 # What does not fit
@@ -239,6 +290,7 @@ def test_divergence_by_hand_of_logits_and_of_probabilities() -> None:
         ({"weights": ("8", "5/codeboook")}, "asic has weights of .* bits, not 5/codeboook; choose from these"),
         ({"activations": (32,)}, "asic has activations of .* bits, not 32"),
         ({"pipeline": "calibrate,legalize"}, "no pass 'assign-bit-widths'"),
+        ({"weights": "16"}, "weights='16' is one text; give a list"),
     ],
 )
 def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
@@ -247,8 +299,10 @@ def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> Non
 
 
 def test_no_samples_and_a_measure_that_cannot_travel_are_said() -> None:
-    with pytest.raises(QirError, match="calibration data"):
-        qir.sensitivity(qir.parse(GRAPH), "asic", [])
+    without: list[Any] = [[], None, qir.observe(qir.parse(GRAPH), feeds(4))]
+    for none in without:
+        with pytest.raises(QirError, match="calibration data"):
+            qir.sensitivity(qir.parse(GRAPH), "asic", none)
     with (
         process_pool() as executor,
         pytest.raises(PassError, match=r"'local' cannot be sent .* at the top of a module"),
@@ -256,13 +310,16 @@ def test_no_samples_and_a_measure_that_cannot_travel_are_said() -> None:
         measured(quality=Quality("local", lambda reference, outputs: 0.0), executor=executor)
 
 
-def dying(reference: Outputs, outputs: Outputs) -> float:
-    os._exit(1)
+def killed(reference: Outputs, outputs: Outputs) -> float:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0
 
 
-def test_a_worker_that_dies_is_said() -> None:
-    with process_pool() as executor, pytest.raises(PassError, match=r"a worker died .*; take fewer workers or samples"):
-        measured(quality=Quality("dying", dying), executor=executor)
+def test_a_worker_that_is_killed_is_said() -> None:
+    with process_pool() as executor:
+        for _ in range(2):  # the second finds no workers at all
+            with pytest.raises(PassError, match="a worker process ended before its work was done"):
+                measured(quality=Quality("killed", killed), executor=executor)
 
 
 def test_json_gives_all_of_it_back(serial: Sensitivity) -> None:
@@ -271,3 +328,8 @@ def test_json_gives_all_of_it_back(serial: Sensitivity) -> None:
         with pytest.raises(QirError, match=r"here\.json holds no sensitivity as qir writes it"):
             Sensitivity.from_json(text, "here.json")
     assert SQNR.name == serial.quality
+    for change in ({"loss": None}, {"loss": float("nan")}, {"loss": "much"}, {"choice": 8}):
+        data = json.loads(serial.to_json())
+        data["losses"][0].update(change)
+        with pytest.raises(QirError, match=r"here\.json holds no sensitivity as qir writes it"):
+            Sensitivity.from_json(json.dumps(data), "here.json")
