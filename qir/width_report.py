@@ -37,6 +37,8 @@ def sensitivity_text(found: Sensitivity) -> str:
         ("loss", f"{found.quality}, on {found.samples:,} samples, of each width alone"),
         ("proxy", f"rank correlation with the measured loss {found.correlation:.3f}, by Spearman"),
     ]
+    if found.is_estimated:
+        fields[1] = ("proxy", "one width of each is measured, the others follow from the error where it arises")
     return "\n\n".join([*blocks, fields_text(fields)])
 
 

@@ -37,15 +37,15 @@ Tensor = npt.NDArray[Any]
 #: For each candidate its loss, None where it is not measured, and the error where it arises.
 Result = list[tuple[float | None, float]]
 
-_CACHE_FORMAT: Final = 1  # counts up when the same job gives other numbers
+_CACHE_FORMAT: Final = 2  # counts up when the same job gives other numbers
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Constants by name that take the place of those of the graph, and types whose grid values are rounded to."""
+    """Constants by name that take the place of those of the graph; types to whose grids values are rounded, and how."""
 
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    grids: Mapping[str, ElementType] = field(default_factory=dict)
+    grids: Mapping[str, tuple[ElementType, Rounding]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _changed(
 
     def keep(value: Value, array: Tensor) -> None:
         if value.name in candidate.grids:
-            array = rounded(array, candidate.grids[value.name])
+            array = rounded(array, *candidate.grids[value.name])
             arises(value, array)
         now[value] = array
 
@@ -149,7 +149,7 @@ def _changed(
     return now, power
 
 
-def rounded(array: Tensor, element: ElementType, rounding: Rounding = Rounding.HALF_EVEN) -> Tensor:
+def rounded(array: Tensor, element: ElementType, rounding: Rounding) -> Tensor:
     """Reals on the grid of a type."""
     return dequantize_array(quantize_array(array, element, QuantizeRule.DIVIDE, rounding), element)
 
@@ -225,7 +225,7 @@ class _Keys:
         texts = [str(job.measured)]
         for candidate in job.candidates:
             texts += [f"{name} {Array(data).sha256}" for name, data in candidate.constants.items()]
-            texts += [f"{name} {_type_key(element)}" for name, element in candidate.grids.items()]
+            texts += [f"{name} {_type_key(e)} {rounding}" for name, (e, rounding) in candidate.grids.items()]
         return hash_of([*self._shared, *texts])
 
 

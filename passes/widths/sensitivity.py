@@ -112,6 +112,11 @@ class Sensitivity:
             )
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether the proxy stands for losses that were not measured."""
+        return all(e.loss == e.estimate for e in self.losses)
+
+    @property
     def correlation(self) -> float:
         """Spearman's rank correlation of the losses with their estimates: 1 where they sort all choices alike.
 
@@ -242,6 +247,15 @@ class Analysis:
             if isinstance(op, Conv | MatMul)
         }
 
+    def _rounding(self, value: Value) -> Rounding:
+        """How the chip rounds an activation: many small ones truncate, which shifts all values one way.
+
+        Forms that are no shifts go to the nearest; which way ties go there makes no difference here.
+        """
+        if value in self.graph.inputs:
+            return self.target.input.rounding
+        return self.target.requantization.rounding or Rounding.HALF_EVEN
+
     def _add_biases(self, layers: Collection[str]) -> None:
         """Give those layers a bias of zeros that have none and get one where they are rounded."""
 
@@ -258,7 +272,8 @@ class Analysis:
 
     def _candidate(self, decision: Decision, typed: Mapping[str, Any]) -> Candidate:
         if decision.kind is Kind.ACTIVATIONS:
-            return Candidate(grids={v.name: typed[v.name] for v in decision.values if is_quantized(typed[v.name])})
+            types = {v: typed[v.name] for v in decision.values if is_quantized(typed[v.name])}
+            return Candidate(grids={v.name: (element, self._rounding(v)) for v, element in types.items()})
         layer = next(op for op in self._bare.ops if op.results[0].name == decision.name)
         found: dict[str, Tensor] = {}
         operands = [v for v in layer.operands[1:] if v in self._bare.constants]

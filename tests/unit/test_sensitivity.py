@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +22,7 @@ from models import PATHS, calibration_images
 import qir
 from qir.backend import shipped_backends
 from qir.errors import PassError, QirError
+from qir.fixed_point import Rounding
 from qir.interpreter import interpret
 from qir.pass_manager import PassContext
 from qir.passes.assign_bit_widths import AssignBitWidths
@@ -143,6 +145,21 @@ def test_a_bias_that_is_no_constant_stays_as_it_is() -> None:
     assert {e.decision for e in found.losses if e.kind is Kind.WEIGHTS} == {"a", "y"}
 
 
+def test_activations_are_rounded_as_the_chip_does() -> None:
+    """`fpga` truncates: that shifts means, and loses more than rounding to the nearest does."""
+    fpga = qir.load_target("fpga")
+    nearest = replace(fpga, requantization=replace(fpga.requantization, rounding=Rounding.HALF_EVEN))
+    truncated, rounded = (
+        qir.sensitivity(qir.parse(GRAPH), target, feeds(40, 3), weights=("8",), activations=(6,))
+        for target in (fpga, nearest)
+    )
+    for one, other in zip(truncated.losses, rounded.losses, strict=True):
+        if one.kind is Kind.WEIGHTS or one.decision == "x":  # the input is rounded by a rule of its own
+            assert one == other
+        else:
+            assert one.error > 2 * other.error
+
+
 def test_wider_is_never_worse_by_much_and_the_proxy_sorts_alike(serial: Sensitivity) -> None:
     for name in ("a", "y"):
         own = [e.loss for e in serial.losses if (e.decision, e.kind, e.way) == (name, Kind.WEIGHTS, "")]
@@ -156,6 +173,9 @@ def test_the_middle_choice_is_measured_in_the_proxy_too(serial: Sensitivity) -> 
     for full, cheap in zip(serial.losses, proxy.losses, strict=True):
         assert (full.error, full.estimate) == (cheap.error, cheap.estimate)
         assert cheap.loss == cheap.estimate
+    assert proxy.is_estimated
+    assert not serial.is_estimated
+    for full, cheap in zip(serial.losses, proxy.losses, strict=True):
         if full.choice == "4":  # the middle of three, and of two the second
             assert cheap.loss == pytest.approx(full.loss, rel=1e-12)
 
