@@ -106,8 +106,9 @@ def test_absolute_budgets_of_slices_and_tables_hold_in_the_program() -> None:
 
 
 def test_least_energy_within_a_floor_of_quality(mlp: Graph) -> None:
+    wide: dict[str, Any] = {**SMALL, "activations": (16, 8)}  # fpga truncates: 8 bits alone keep less than 20 dB
     found = [
-        has(assign(mlp, minimize="energy", floor=f"sqnr:{floor}", **SMALL)[0], Metric.ENERGY) for floor in (28, 20, 10)
+        has(assign(mlp, minimize="energy", floor=f"sqnr:{floor}", **wide)[0], Metric.ENERGY) for floor in (28, 20, 10)
     ]
     assert found == sorted(found, reverse=True)
     assert len(set(found)) > 1
