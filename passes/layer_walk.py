@@ -19,7 +19,7 @@ from qir.interpreter import entering, evaluate_at, on_grid
 from qir.interval import Interval
 from qir.ir import Graph, Op, Stage, Value
 from qir.ops.constant import Const
-from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
+from qir.ops.fixed_rescale import QuantizeRule, quantize_array, round_to_grid
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import PassContext
 from qir.passes.calibrate import parts_of
@@ -64,12 +64,17 @@ def _rounded_weight(layer: Layer, data: Tensor, target: Target) -> Tensor:
         integers, scales = quantize_blocks(data, axis, contract.block, contract.bits[0])
         spread = np.repeat(scales, contract.block, axis=axis).take(range(data.shape[axis]), axis=axis)
         return (integers.astype(np.float32) * spread).astype(np.float32)
-    return dequantize_array(integers_of(data, weight.type.element), weight.type.element)
+    return nearest_reals(data, weight.type.element)
 
 
 def integers_of(data: Tensor, element: ElementType) -> npt.NDArray[np.int64]:
     """The integers that legalize makes of weights in a type."""
     return quantize_array(data.astype(np.float32), element, QuantizeRule.DIVIDE, Rounding.HALF_AWAY)
+
+
+def nearest_reals(data: Tensor, element: ElementType) -> Tensor:
+    """The reals that legalize's integers of weights stand for."""
+    return round_to_grid(data.astype(np.float32), element, Rounding.HALF_AWAY)
 
 
 def with_own_parameters(graph: Graph, target: Target, *, bias: bool = True) -> Graph:
@@ -97,18 +102,19 @@ def with_own_parameters(graph: Graph, target: Target, *, bias: bool = True) -> G
             else:
                 owned.append(rewriter.get(old))
         if len(owned) < fewest:
-            owned.append(_zero_bias(rewriter, op, target))
+            source, scales = scale_of_type(op.operands[0].type), scale_array(quantized_element(op.operands[1]))
+            name = f"{op.result.name}.bias"
+            owned.append(zero_bias(rewriter, op, bias_type(op, source, scales, bias_storage(target), target, name)))
         replace_chain(rewriter, op, op, tuple(owned), clip_of(op))
         return True
 
     return rewrite(graph, visit)
 
 
-def _zero_bias(rewriter: Rewriter, layer: Layer, target: Target) -> Value:
+def zero_bias(rewriter: Rewriter, layer: Layer, element: ElementType) -> Value:
+    """A bias of zeros for a layer that has none."""
     name = rewriter.fresh(f"{layer.result.name}.bias")
-    source, scales = scale_of_type(layer.operands[0].type), scale_array(quantized_element(layer.operands[1]))
-    channels = layer.result.type.shape[1 if isinstance(layer, Conv) else -1]
-    kind = TensorType((channels,), bias_type(layer, source, scales, bias_storage(target), target, name))
+    kind = TensorType((layer.result.type.shape[1 if isinstance(layer, Conv) else -1],), element)
     own = Value(name, kind, Interval(0.0, 0.0))
     rewriter.ops.append(Const(value=Array(np.zeros(kind.concrete(1), np.float32), name), results=(own,)))
     return own

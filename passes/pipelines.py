@@ -76,6 +76,13 @@ def parse_pipeline(text: str) -> Pipeline:
     return Pipeline.parse(text, pass_registry())
 
 
+def pipeline_of(given: Pipeline | str | None) -> Pipeline:
+    """The pipeline that is given, as such or as a string, or the default one."""
+    if given is None:
+        return default_pipeline()
+    return parse_pipeline(given) if isinstance(given, str) else given
+
+
 def default_pipeline() -> Pipeline:
     """From an imported float graph to a proved integer one.
 

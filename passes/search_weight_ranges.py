@@ -11,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qir.ir import Graph, Stage, Value
-from qir.ops.fixed_rescale import dequantize_array
 from qir.pass_manager import Pass, PassContext
 from qir.passes.lattice import distance
 from qir.passes.layer_inputs import DAMPING, Moments, has_rows, rows_of
 from qir.passes.layer_walk import (
     Layer,
     LayerWalk,
-    integers_of,
     layers_of,
+    nearest_reals,
     quantized_element,
     with_constants,
     with_own_parameters,
@@ -142,7 +141,7 @@ def _cost(layer: Layer, form: WeightForm, moments: Moments | None) -> Cost:
     data = form.data.data
 
     def of_weights(element: QuantizedType) -> npt.NDArray[Any]:
-        error = dequantize_array(integers_of(data, element), element).astype(np.float64) - data
+        error = nearest_reals(data, element).astype(np.float64) - data
         return np.asarray((error * error).sum(axis=form.others))
 
     if moments is None:
@@ -151,7 +150,7 @@ def _cost(layer: Layer, form: WeightForm, moments: Moments | None) -> Cost:
     rows = rows_of(layer, data).astype(np.float64)
 
     def of_outputs(element: QuantizedType) -> npt.NDArray[Any]:
-        rounded = dequantize_array(integers_of(data, element), element).astype(np.float64)
+        rounded = nearest_reals(data, element).astype(np.float64)
         found = distance(rows_of(layer, rounded), rows, metric).reshape(-1)
         return found if form.axis is not None else np.asarray(found.sum())
 

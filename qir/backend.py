@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -88,6 +89,13 @@ def load_backend(name: str | Path) -> Backend:
     if _is_path(name):
         return Backend(load_target(name).name, Path(name))
     return _backend(str(name))
+
+
+def target_of(given: Target | str | os.PathLike[str]) -> Target:
+    """The target that is given, as such, by name or by path. Raises TargetError as `load_target` does."""
+    if isinstance(given, Target):
+        return given
+    return load_target(given if isinstance(given, str) else Path(given))
 
 
 def load_target(name: str | Path) -> Target:

@@ -8,14 +8,14 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-from qir.backend import load_target
+from qir.backend import target_of
 from qir.calibration import Calibration
 from qir.errors import PassError
 from qir.frontend.onnx_import import import_onnx
 from qir.ir import Graph, Stage
 from qir.pass_manager import Feeds, Instrument, PassContext, Pipeline, Progress, Verifier, no_progress
 from qir.passes.assign_bit_widths import AssignBitWidths
-from qir.passes.pipelines import default_pipeline, parse_pipeline
+from qir.passes.pipelines import default_pipeline, pipeline_of
 from qir.program import Program
 from qir.target import Target
 from qir.verifier import verify
@@ -46,8 +46,8 @@ def compile(
     PassError, which names the pass and those done and keeps the last good graph, for what fails on the way.
     """
     source = graph if isinstance(graph, Graph) else import_onnx(graph)
-    contract = target if isinstance(target, Target) else load_target(_name_or_path(target))
-    passes = _with_overrides(_pipeline(pipeline), overrides or {})
+    contract = target_of(target)
+    passes = _with_overrides(pipeline_of(pipeline), overrides or {})
     verify(source)
     folder = None if cache is None else Path(cache)
     context = PassContext(contract, calibration, progress, executor=executor, cache=folder)
@@ -60,16 +60,6 @@ def compile(
             fixed,
         )
     return Program(fixed)
-
-
-def _name_or_path(target: str | os.PathLike[str]) -> str | Path:
-    return target if isinstance(target, str) else Path(target)
-
-
-def _pipeline(given: Pipeline | str | None) -> Pipeline:
-    if given is None:
-        return default_pipeline()
-    return parse_pipeline(given) if isinstance(given, str) else given
 
 
 def _with_overrides(pipeline: Pipeline, overrides: Mapping[str, int | str]) -> Pipeline:

@@ -12,7 +12,7 @@ from qir.errors import RunError
 from qir.fixed_point import Rounding
 from qir.interval import exact
 from qir.ir import Graph, Op, Stage, Value
-from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array, quantize_input
+from qir.ops.fixed_rescale import dequantize_array, quantize_input, round_to_grid
 from qir.types import BATCH, FloatType, TensorType, is_quantized, shape_text, storage_of
 
 Tensor = npt.NDArray[Any]
@@ -110,8 +110,7 @@ def on_grid(array: Tensor, value: Value) -> Tensor:
     """Reals rounded to the grid of a value's type, ties to even; as they are where it has none."""
     if not is_quantized(value.type.element) or array.dtype.kind != "f":
         return array
-    integers = quantize_array(array, value.type.element, QuantizeRule.DIVIDE, Rounding.HALF_EVEN)
-    return dequantize_array(integers, value.type.element)
+    return round_to_grid(array, value.type.element, Rounding.HALF_EVEN)
 
 
 def check_feeds(inputs: Sequence[Value], feeds: Mapping[str, npt.ArrayLike]) -> dict[Value, Tensor]:

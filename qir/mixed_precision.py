@@ -11,23 +11,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
-from qir.backend import load_target
+from qir.backend import target_of
 from qir.errors import PassError
 from qir.interpreter import interpret
 from qir.ir import Graph
 from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, Verifier, no_progress
 from qir.passes.assign_bit_widths import AssignBitWidths
 from qir.passes.calibrate import parts_of
-from qir.passes.pipelines import default_pipeline, parse_pipeline
+from qir.passes.pipelines import pipeline_of
 from qir.passes.widths.budgets import metric_of, parse_budget
 from qir.passes.widths.costs import Metric
-from qir.passes.widths.decisions import Kind, Widths, decisions
+from qir.passes.widths.decisions import Kind, Widths, decisions, without_widths
 from qir.passes.widths.jobs import joined, samples_of
 from qir.passes.widths.problem import Assignment, Budget, WidthProblem
 from qir.passes.widths.quality import KL, SQNR, Outputs, Quality, quality_of, rank_correlation
 from qir.passes.widths.sensitivity import Analysis, Sensitivity
 from qir.program import Program
-from qir.rewrite import map_values
 from qir.target import Target
 from qir.verifier import verify
 
@@ -282,19 +281,16 @@ class _Setting:
         activations: Sequence[int],
         progress: Progress,
     ) -> None:
-        name = target if isinstance(target, Target | str) else Path(target)
-        self.target = name if isinstance(name, Target) else load_target(name)
-        passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline or default_pipeline()
+        self.target, passes = target_of(target), pipeline_of(pipeline)
         given = passes[passes.position(AssignBitWidths.name)]
         assert isinstance(given, AssignBitWidths)
         if given.optimizes:
             raise PassError(f"{given} chooses widths by itself; leave its options out, but for override")
         self.rest = passes.after(AssignBitWidths.name)
         self.typing = self.rest.before("legalize")
-        self.feeds, self.progress = _listed(calibration), progress
+        self.feeds = _listed(calibration)
         verify(graph)
-        self.context = PassContext(self.target, self.feeds, progress)
-        ranged = passes.before(AssignBitWidths.name).run(graph, self.context)
+        ranged = passes.before(AssignBitWidths.name).run(graph, PassContext(self.target, self.feeds, progress))
         self.assigned, settled, _ = given.by_default(ranged, self.target)
         if isinstance(weights, str):
             raise PassError(f"weights={weights!r} is one text; give a list of names, such as ['8', '4/codebook']")
@@ -311,7 +307,7 @@ class _Trial:
 
     def __init__(self, setting: _Setting, feeds: Sequence[Feeds], quality: Quality, score: Score | None) -> None:
         self._setting, self._quality, self._score = setting, quality, score
-        bare = map_values(setting.assigned, lambda v: {"histogram": None, "storage": None})
+        bare = without_widths(setting.assigned)
         self._parts = [p for number, feed in enumerate(feeds) for p in parts_of(bare, feed, number)]
         if not self._parts:
             raise PassError("widths are measured on samples, and there are none; give at least one feed")

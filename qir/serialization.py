@@ -137,13 +137,18 @@ def read_graph(path: str | Path) -> Graph:
     Raises QirError when a file is missing or unreadable, ParseError and ResourceError as `parse` does.
     """
     path = Path(path)
+    text = read_text(path)
+    sidecar = sidecar_of(text)
+    return parse(text, _read_sidecar(path, sidecar) if sidecar is not None else None, str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises QirError when it is missing or unreadable."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise QirError(f"cannot read {path}: {reason}") from fault
-    sidecar = sidecar_of(text)
-    return parse(text, _read_sidecar(path, sidecar) if sidecar is not None else None, str(path))
 
 
 def sidecar_of(text: str) -> str | None:

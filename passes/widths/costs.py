@@ -138,6 +138,7 @@ class GraphCosts:
             constant += rest
         return (Total(tuple(factors), constant),)
 
+    @cached_property
     def forbidden(self) -> tuple[Factor, ...]:
         """Where the tables of the target lack the pair of widths of a layer: 1, else 0.
 
@@ -149,7 +150,7 @@ class GraphCosts:
             if table.all():
                 layer_cost(works.item(0), self.target, Homes())  # says what is missing
             if table.any():
-                found.append(Factor(scope, table))
+                found.append(Factor(scope, table.astype(np.int64)))
         return tuple(found)
 
     def room(self, room: Room) -> Iterator[tuple[Total, int]]:

@@ -79,10 +79,10 @@ def decisions(graph: Graph, target: Target, widths: Widths, settled: Collection[
             layer = parameters[value]
             if value is layer.operands[1]:
                 kept = value in settled or storage.stored_bits not in target.weights.bits
-                choices = _storages(graph, target, layer, weights)
+                wanted = {n: c for n, c in offered.items() if c[0] >= storage.stored_bits} if kept else weights
+                choices = _storages(graph, target, layer, wanted)
                 if kept:
-                    every = _storages(graph, target, layer, offered)
-                    choices = {next((n for n, s in every.items() if s == storage), str(storage.bits)): storage}
+                    choices = {next((n for n, s in choices.items() if s == storage), str(storage.bits)): storage}
                 found[value] = Decision(layer.results[0].name, Kind.WEIGHTS, (value,), choices)
             continue
         leader = groups[value]
@@ -110,6 +110,11 @@ def _storages(
     """The storages of a layer's weights by name."""
     data, axis = graph.constants[layer.operands[1]].data, scale_axis(target, layer)
     return {name: weight_storage(target, bits, item, data, axis) for name, (bits, item) in weights.items()}
+
+
+def without_widths(graph: Graph) -> Graph:
+    """The graph without storages and without histograms: the reals alone."""
+    return map_values(graph, lambda v: {"histogram": None, "storage": None})
 
 
 def with_storages(graph: Graph, storages: Mapping[Value, IntegerType]) -> Graph:

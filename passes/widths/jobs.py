@@ -26,12 +26,12 @@ from qir.fixed_point import Rounding
 from qir.interpreter import evaluate, evaluate_op
 from qir.ir import Graph, Value
 from qir.ops.constant import Const
-from qir.ops.fixed_rescale import QuantizeRule, dequantize_array, quantize_array
+from qir.ops.fixed_rescale import round_to_grid
 from qir.pass_manager import Feeds, Progress
 from qir.passes.widths.quality import Quality
 from qir.printer import print_graph
 from qir.serialization import write_bytes
-from qir.types import ElementType, scale_array, storage_of, zero_array
+from qir.types import QuantizedType, scale_array, zero_array
 
 Tensor = npt.NDArray[Any]
 #: For each candidate its loss, None where it is not measured, and the error where it arises.
@@ -45,7 +45,7 @@ class Candidate:
     """Constants by name that take the place of those of the graph; types to whose grids values are rounded, and how."""
 
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    grids: Mapping[str, tuple[ElementType, Rounding]] = field(default_factory=dict)
+    grids: Mapping[str, tuple[QuantizedType, Rounding]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _changed(
 
     def keep(value: Value, array: Tensor) -> None:
         if value.name in candidate.grids:
-            array = rounded(array, *candidate.grids[value.name])
+            array = round_to_grid(array, *candidate.grids[value.name])
             arises(value, array)
         now[value] = array
 
@@ -147,11 +147,6 @@ def _changed(
             if source:
                 arises(value, array)
     return now, power
-
-
-def rounded(array: Tensor, element: ElementType, rounding: Rounding) -> Tensor:
-    """Reals on the grid of a type."""
-    return dequantize_array(quantize_array(array, element, QuantizeRule.DIVIDE, rounding), element)
 
 
 def run_jobs(
@@ -245,9 +240,9 @@ def hash_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _type_key(element: ElementType) -> str:
-    scales, zeros = Array(scale_array(element)), Array(zero_array(element))  # type: ignore[arg-type]
-    return f"{storage_of(element)} {getattr(element, 'axis', None)} {scales.sha256} {zeros.sha256}"
+def _type_key(element: QuantizedType) -> str:
+    scales, zeros = Array(scale_array(element)), Array(zero_array(element))
+    return f"{element.storage} {element.axis} {scales.sha256} {zeros.sha256}"
 
 
 def _read(file: Path, measured: Sequence[bool]) -> Result:

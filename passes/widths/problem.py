@@ -235,14 +235,13 @@ class WidthProblem:
         else:
             objectives = [(self.loss,), *objectives]
         sizes = tuple(len(d.choices) for d in self.decisions)
-        forbidden = tuple(Factor(f.scope, f.table.astype(np.int64)) for f in self.costs.forbidden())
         kept = tuple(scaled_limit(total, most) for total, most in limits)
 
         def accepts(chosen: Sequence[int]) -> bool:
             return all(total.of(chosen) <= most for total, most in limits)
 
         def solved(*scaled: Sequence[Total]) -> Solution | None:
-            return solve(Problem(sizes, tuple(map(tuple, scaled)), kept, forbidden, accepts))
+            return solve(Problem(sizes, tuple(map(tuple, scaled)), kept, self.costs.forbidden, accepts))
 
         known = _refined(objectives[0], solved)
         if known is None:
@@ -279,7 +278,7 @@ class WidthProblem:
 def scaled_limit(total: Total, most: Fraction) -> tuple[Total, int]:
     """A limit in integers: exact where they are small, else rounded down to a millionth of what the limit leaves."""
     low, high = total.span
-    unit = _exact_unit(total)
+    unit = total.step
     if unit is None or (high - low) / unit > MOST:
         left = most - low
         unit = (left if left > 0 else high - low) / _LIMIT_STEPS
@@ -341,15 +340,5 @@ def _scaled(totals: Sequence[Total], known: Fraction | None) -> list[Total]:
 def _steps(totals: Sequence[Total]) -> Fraction | None:
     """The step in which an objective is exact, where it has few of them."""
     low, high = min(t.span[0] for t in totals), max(t.span[1] for t in totals)
-    unit = _exact_unit(totals[0]) if len(totals) == 1 else Fraction(1)
+    unit = totals[0].step if len(totals) == 1 else Fraction(1)
     return None if unit is None or (high - low) / unit > MOST else unit
-
-
-def _exact_unit(total: Total) -> Fraction | None:
-    """The largest number of which all differences within the factors are multiples; None where there are none."""
-    numbers = [e - f.ends[0] for f in total.factors for e in f.table.reshape(-1)]
-    numbers = [n for n in numbers if n]
-    if not numbers:
-        return None
-    bottom = math.lcm(*(n.denominator for n in numbers))
-    return Fraction(math.gcd(*(int(n * bottom) for n in numbers)), bottom)

@@ -69,6 +69,7 @@ def _log_probabilities(array: npt.NDArray[Any], kind: npt.NDArray[Any]) -> npt.N
     if not array.ndim or array.shape[-1] < 2:
         raise PassError("kl compares classes along the last axis of outputs, and there are fewer than two; use sqnr")
     values = array.astype(np.float64)
+    # float32 probabilities add up to 1 within their roundings, a millionth or so each; logits hardly ever do.
     if kind.min() >= 0 and np.allclose(kind.sum(axis=-1), 1, atol=1e-3):
         values = np.log(np.maximum(values, _LEAST))  # quantized probabilities may be 0
     shifted = values - values.max(axis=-1, keepdims=True)

@@ -9,26 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from qir.arrays import Array
 from qir.errors import PassError, QirError
 from qir.fixed_point import Rounding
-from qir.interval import Interval
 from qir.ir import Graph, Op, Value
-from qir.ops.constant import Const
 from qir.ops.float_nn import Conv, MatMul
 from qir.pass_manager import Feeds, PassContext, Pipeline, Progress, no_progress
 from qir.passes.calibrate import parts_of
 from qir.passes.fuse_activation import clip_of, replace_chain
+from qir.passes.layer_walk import nearest_reals, zero_bias
 from qir.passes.select_q_formats import Search, SelectQFormats
-from qir.passes.widths.decisions import Decision, Kind, with_storages
-from qir.passes.widths.jobs import Candidate, Job, Result, Tensor, finite, hash_of, rounded, run_jobs, samples_of
+from qir.passes.widths.decisions import Decision, Kind, with_storages, without_widths
+from qir.passes.widths.jobs import Candidate, Job, Result, Tensor, finite, hash_of, run_jobs, samples_of
 from qir.passes.widths.quality import Quality, rank_correlation
 from qir.printer import print_graph
-from qir.rewrite import Rewriter, map_values, rewrite
+from qir.rewrite import Rewriter, rewrite
+from qir.serialization import read_text
 from qir.target import Granularity, Scheme, Target
-from qir.types import TensorType, is_quantized
+from qir.types import F32, is_quantized
 
 _MOST_HELD: Final = 256 << 20  # bytes of values of samples that are evaluated together
 
@@ -149,11 +146,7 @@ def _loss(entry: Mapping[str, Any]) -> Loss:
 
 def read_sensitivity(path: Path) -> Sensitivity:
     """The sensitivity in a file. Raises QirError where it cannot be read or holds none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise QirError(f"cannot read {path}: {getattr(fault, 'strerror', None) or fault}") from fault
-    return Sensitivity.from_json(text, str(path))
+    return Sensitivity.from_json(read_text(path), str(path))
 
 
 class Analysis:
@@ -165,7 +158,7 @@ class Analysis:
         self.graph, self.target, self.decisions = graph, target, tuple(decisions)
         self.feeds = list(feeds)
         self.quality = quality
-        self._bare = map_values(graph, lambda v: {"histogram": None, "storage": None})
+        self._bare = without_widths(graph)
         whole = [p for number, feed in enumerate(self.feeds) for p in parts_of(self._bare, feed, number)]
         if not whole:
             raise PassError("sensitivity is measured on calibration data, and there is none; give at least one feed")
@@ -262,10 +255,7 @@ class Analysis:
         def visit(rewriter: Rewriter, op: Op) -> bool:
             if not isinstance(op, Conv | MatMul) or len(op.operands) > 2 or op.result.name not in layers:
                 return False
-            kind = TensorType((op.result.type.shape[1 if isinstance(op, Conv) else -1],))
-            bias = Value(rewriter.fresh(f"{op.result.name}.bias"), kind, Interval(0.0, 0.0))
-            rewriter.ops.append(Const(value=Array(np.zeros(kind.concrete(1), np.float32)), results=(bias,)))
-            replace_chain(rewriter, op, op, (*rewriter.operands(op), bias), clip_of(op))
+            replace_chain(rewriter, op, op, (*rewriter.operands(op), zero_bias(rewriter, op, F32)), clip_of(op))
             return True
 
         self._bare = rewrite(self._bare, visit)
@@ -278,7 +268,7 @@ class Analysis:
         found: dict[str, Tensor] = {}
         operands = [v for v in layer.operands[1:] if v in self._bare.constants]
         for operand, (data, element) in zip(operands, typed[decision.name], strict=False):  # not all learn a bias
-            found[operand.name] = rounded(data.astype(np.float32), element, Rounding.HALF_AWAY)
+            found[operand.name] = nearest_reals(data, element)
         return Candidate(constants=found)
 
 
@@ -298,5 +288,4 @@ def _losses(decision: Decision, way: str, found: Result) -> Iterator[Loss]:
 
 def sensitivity_key(graph: Graph, target: Target) -> str:
     """A hash of what losses belong to: the graph without histograms and widths, and the contract."""
-    bare = map_values(graph, lambda v: {"histogram": None, "storage": None})
-    return hash_of([print_graph(bare), str(target)])
+    return hash_of([print_graph(without_widths(graph)), str(target)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
@@ -55,6 +56,16 @@ class Total:
         """Bounds of the sum: those of its factors added up."""
         low, high = (sum((f.ends[i] for f in self.factors), self.constant) for i in (0, 1))
         return low, high
+
+    @cached_property
+    def step(self) -> Fraction | None:
+        """The largest number of which all differences within the factors are multiples; None where there are none."""
+        numbers = [e - f.ends[0] for f in self.factors for e in f.table.reshape(-1)]
+        numbers = [n for n in numbers if n]
+        if not numbers:
+            return None
+        bottom = math.lcm(*(n.denominator for n in numbers))
+        return Fraction(math.gcd(*(int(n * bottom) for n in numbers)), bottom)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from qir.backend import load_target
+from qir.backend import target_of
 from qir.calibration import Calibration
 from qir.comparison.attribution import Cause, find_cause, type_cause
 from qir.comparison.replay import Side, Tensor, Values, make_side, onnx_layout, reals, replay, same_step, steps
@@ -72,7 +71,7 @@ def compare(
 def _contracts(targets: Sequence[Target | str | os.PathLike[str]]) -> list[Target]:
     if isinstance(targets, str) or len(targets) < 2:
         raise QirError("compare takes at least two targets, the first of which the others are compared with")
-    found = [t if isinstance(t, Target) else load_target(t if isinstance(t, str) else Path(t)) for t in targets]
+    found = [target_of(t) for t in targets]
     names = [t.name for t in found]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:

@@ -409,6 +409,11 @@ def dequantize_array(q: Tensor, element: ElementType) -> Tensor:
     return np.asarray((q.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
 
 
+def round_to_grid(x: Tensor, element: ElementType, rounding: Rounding) -> Tensor:
+    """float32 reals as the nearest, by `rounding`, that integers of a quantized type stand for."""
+    return dequantize_array(quantize_array(x, element, QuantizeRule.DIVIDE, rounding), element)
+
+
 def _wide(value: Value) -> Iterator[str]:
     storage = storage_of(value.type.element)
     if storage is not None and storage.bits > 62:
